@@ -1,0 +1,293 @@
+"""Photos in, the bundled nano weights out: first the encoder, then the decoder.
+
+    python recipes/nano.py encoder --data PHOTOS --taef1 taef1_encoder.safetensors --minutes 15
+    python recipes/nano.py decoder --data PHOTOS --taef1 taef1_encoder.safetensors --minutes 60
+
+Each writes a diffusers folder under `--out`; the decoder's goes on from its own checkpoint there.
+"""
+
+import json
+import math
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import AutoencoderTiny
+from PIL import Image
+from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pixeldecoder.models.encoder import TinyLatentEncoder
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    stage: tyro.conf.Positional[Literal["encoder", "decoder"]]
+    data: Path
+    """Folder of photos."""
+    taef1: Path
+    """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors."""
+    minutes: float
+    """Wall time of training, loading excluded."""
+    out: Path = Path("outputs/nano")
+    seed: int = 0
+    batch_size: int = 16
+    """Crops to a step of the encoder's training; the decoder's are in SIZES."""
+    compile: bool = True
+    """Compile the decoder's blocks."""
+    learning_rate: float = 1e-3
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_taef1_encoder(path: Path, device: str) -> AutoencoderTiny:
+    """The published file's encoder keys lack the `encoder.layers.` that diffusers gives them."""
+    taef1 = AutoencoderTiny(latent_channels=16)
+    state = {re.sub(r"^(encoder\.layers\.)?", "encoder.layers.", k): v.float() for k, v in load_file(path).items()}
+    missing, unexpected = taef1.load_state_dict(state, strict=False)
+    if unexpected or any(k.startswith("encoder") for k in missing):
+        raise ValueError(f"{path} is not a TAEF1 encoder: unexpected {unexpected}, missing {missing}")
+    return taef1.eval().requires_grad_(False).to(device)
+
+
+def load_photos(folder: Path) -> list[torch.Tensor]:
+    """Every readable picture of at least 256 px as uint8 (3, H, W)."""
+
+    def load(path: Path) -> torch.Tensor:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous()
+
+    paths = sorted(p for p in folder.iterdir() if p.suffix in {".webp", ".png", ".jpg", ".jpeg"})
+    with ThreadPoolExecutor() as pool:
+        photos = [p for p in pool.map(load, paths) if min(p.shape[1:]) >= 256]
+    if not photos:
+        raise SystemExit(f"no picture of at least 256 px in {folder}")
+    return photos
+
+
+def downscale(image: torch.Tensor, factor: int) -> torch.Tensor:
+    """Bicubic, antialiased, clamped (method: LQ image)."""
+    return F.interpolate(image, scale_factor=1 / factor, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+@dataclass
+class Pair:
+    """One photo, or its mirror image, with the latents of its 4x smaller self."""
+
+    photo: torch.Tensor
+    """(3, H, W) uint8, H and W multiples of 32."""
+    small: torch.Tensor
+    """(3, H/4, W/4) float16 in [-1, 1]."""
+    latents: torch.Tensor
+    """(16, H/32, W/32) float16, TAEF1's, of the whole picture: a crop of them has seen what lies around it."""
+
+
+@torch.no_grad()
+def load_pairs(config: Config) -> list[Pair]:
+    """Every photo twice, plain and mirrored; the latents are computed once and kept in `out`."""
+    photos, pairs = load_photos(config.data), []
+    cache = config.out / f"latents_{len(photos)}.pt"
+    known = torch.load(cache, weights_only=True) if cache.exists() else None
+    taef1 = load_taef1_encoder(config.taef1, config.device).to(memory_format=torch.channels_last)
+    for index, photo in enumerate(photos):
+        height, width = (side // 32 * 32 for side in photo.shape[1:])
+        for mirror in (False, True):
+            crop = photo[:, :height, :width].flip(-1) if mirror else photo[:, :height, :width]
+            small = downscale(crop[None].to(config.device).float() / 127.5 - 1, 4)
+            latents = known[2 * index + mirror] if known else taef1.encoder(small)[0].half().cpu()
+            pairs.append(Pair(crop.contiguous(), small[0].half().cpu(), latents))
+        if index % 100 == 0:
+            print(f"latents of photo {index} of {len(photos)}", flush=True)
+    if not known:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([pair.latents for pair in pairs], cache)
+    return pairs
+
+
+def draw(pairs: list[Pair], cells: int, batch: int, rng: random.Random) -> list[tuple[Pair, int, int]]:
+    """Pairs with the top and left latent cell of a crop; by area, so that every region counts alike."""
+    chosen = rng.choices(pairs, weights=[pair.latents[0].numel() for pair in pairs], k=batch)
+    return [
+        (pair, rng.randint(0, pair.latents.shape[1] - cells), rng.randint(0, pair.latents.shape[2] - cells))
+        for pair in chosen
+    ]
+
+
+def train_encoder(config: Config) -> None:
+    """Mean squared distance to TAEF1's latents, on photos shrunk 4x."""
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    pairs = load_pairs(config)
+    model = TinyLatentEncoder().to(config.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
+    start, step, log = time.time(), 0, []
+    while (progress := (time.time() - start) / (60 * config.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        image, target = [], []
+        for pair, top, left in draw(pairs, 8, config.batch_size, rng):
+            image.append(pair.small[:, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64])
+            target.append(pair.latents[:, top : top + 8, left : left + 8])
+        image, target = (torch.stack(x).to(config.device).float() for x in (image, target))
+        # The outermost cells of a crop depend on what was cut away: they say nothing.
+        error = (model(image.contiguous(memory_format=torch.channels_last)) - target)[..., 1:-1, 1:-1].square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        log.append((error.item() / target.square().mean().item()) ** 0.5)
+        step += 1
+        if step % 100 == 0:
+            minutes = (time.time() - start) / 60
+            print(f"{minutes:6.1f} min  step {step}  RMS difference / RMS {np.mean(log[-100:]):.3f}", flush=True)
+    model.to(torch.bfloat16).save_pretrained(config.out / "encoder")
+    (config.out / "encoder" / "training.json").write_text(
+        json.dumps({"steps": step, "final": float(np.mean(log[-100:])), "config": vars(config)}, default=str, indent=1)
+    )
+
+
+NANO = dict(
+    patch_size=16,
+    num_layers=4,
+    num_attention_heads=4,
+    attention_head_dim=64,
+    num_pixel_layers=1,
+    pixel_dim=16,
+    num_pixel_attention_heads=2,
+    pixel_attention_head_dim=64,
+    text_embed_dim=None,
+    latent_channels=16,
+    latent_downscale_factor=8,
+    scale=4,
+    adapter_dim=160,
+    adapter_padding_mode="replicate",
+    injection_interval=1,
+    per_channel_gate=False,
+    inject_pixels=True,
+    aux_rgb=True,
+    aux_rgb_base=True,
+    prediction_type="sample",
+    rope_reference_size=512,
+)
+SIZES = {192: 7, 256: 4, 384: 2, 512: 1}
+"""Crop side in pixels: crops to a batch. Rotary angles change with the size, so that it must be varied."""
+STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342)
+
+
+def aux_rgb_loss(prediction: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Charbonnier on luma and two chroma channels in [0, 1], weights .25, 1, 1, samples by (1 - sigma)."""
+
+    def luma_chroma(image: torch.Tensor) -> torch.Tensor:  # BT.601, full range
+        r, g, b = ((image + 1) / 2).unbind(1)
+        y = 0.299 * r + 0.587 * g + 0.114 * b
+        return torch.stack([y, 0.564 * (b - y) + 0.5, 0.713 * (r - y) + 0.5], dim=1)
+
+    difference = luma_chroma(prediction) - luma_chroma(target)
+    weights = torch.tensor([0.25, 1.0, 1.0], device=difference.device)[:, None, None]
+    per_sample = (weights * (difference.square() + 1e-6).sqrt()).mean(dim=(1, 2, 3))
+    return ((1 - sigma) * per_sample).mean()
+
+
+def decoder_batch(pairs: list[Pair], config: Config, rng: random.Random) -> dict[str, torch.Tensor]:
+    """Images, small images, latents noised to sigma, times and noise of one step."""
+    size = rng.choice(list(SIZES))
+    images, small, latents = [], [], []
+    for pair, top, left in draw(pairs, size // 32, SIZES[size], rng):
+        images.append(pair.photo[:, 32 * top : 32 * top + size, 32 * left : 32 * left + size])
+        small.append(pair.small[:, 8 * top : 8 * top + size // 4, 8 * left : 8 * left + size // 4])
+        latents.append(pair.latents[:, top : top + size // 32, left : left + size // 32])
+    images, small, latents = (torch.stack(x).to(config.device).float() for x in (images, small, latents))
+    images = images / 127.5 - 1
+    batch = len(images)
+    # Noising (method: Training): with probability .75 sigma ~ U(0, .8), else clean.
+    sigma = torch.rand(batch, device=config.device) * 0.8 * (torch.rand(batch, device=config.device) < 0.75)
+    latents = torch.lerp(latents, torch.randn_like(latents), sigma[:, None, None, None])
+    # Half the times logit-normal and shifted, half those at which a 4-step sampler asks.
+    shift = 6 * (size / 2048) ** 0.5
+    t = torch.randn(batch, device=config.device).sigmoid()
+    t = shift * t / (1 + (shift - 1) * t)
+    steps = torch.tensor(rng.choices(STUDENT_TIMES, k=batch), device=config.device)
+    t = torch.where(torch.rand(batch, device=config.device) < 0.5, steps, t)
+    return dict(image=images, small=small, latents=latents, sigma=sigma, t=t, noise=torch.randn_like(images))
+
+
+def train_decoder(config: Config) -> None:
+    """Flow matching of a clean-image network: velocity MSE + .8 auxiliary RGB; exported: the moving average."""
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    pairs = load_pairs(config)
+    model = PixelDecoderTransformer2DModel(**NANO).to(config.device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
+    if config.compile:
+        model.compile_repeated_blocks(dynamic=False)
+    checkpoint = config.out / "decoder.pt"
+    step, spent, log = 0, 0.0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["seconds"]
+        torch.manual_seed(config.seed + step)
+        rng.seed(config.seed + step)
+    begun, last, saved = time.time() - spent, time.time(), time.time()
+    while (progress := (time.time() - begun) / (60 * config.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        batch = decoder_batch(pairs, config, rng)
+        t = batch["t"][:, None, None, None]
+        noisy = (1 - t) * batch["image"] + t * batch["noise"]
+        height, width = noisy.shape[-2:]
+        features = model.encode_latents(batch["latents"], height, width)
+        velocity = model(noisy, 1000 * batch["t"], latent_features=features, sigma=batch["sigma"]).sample
+        velocity_loss = F.mse_loss(velocity, batch["noise"] - batch["image"])
+        rgb_loss = aux_rgb_loss(features.aux_rgb, batch["small"], batch["sigma"])
+        optimizer.zero_grad(set_to_none=True)
+        (velocity_loss + 0.8 * rgb_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(model)
+        step += 1
+        log.append((velocity_loss.item(), rgb_loss.item()))
+        if step % 50 == 0:
+            losses = np.mean(log[-50:], axis=0)
+            minutes, rate = (time.time() - begun) / 60, 50 / (time.time() - last)
+            last = time.time()
+            print(
+                f"{minutes:6.1f} min  step {step}  {rate:.2f} steps/s  velocity {losses[0]:.4f}  rgb {losses[1]:.4f}",
+                flush=True,
+            )
+        if time.time() - saved > 240:
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "seconds": time.time() - begun,
+                },
+                checkpoint.with_suffix(".tmp"),
+            )
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            saved = time.time()
+    average.module.to(torch.bfloat16).save_pretrained(config.out / "transformer", max_shard_size="14MB")
+    (config.out / "transformer" / "training.json").write_text(
+        json.dumps({"steps": step, "final": list(np.mean(log[-200:], axis=0)), "config": vars(config)}, default=str)
+    )
+
+
+if __name__ == "__main__":
+    config = tyro.cli(Config, description=__doc__)
+    {"encoder": train_encoder, "decoder": train_decoder}[config.stage](config)

@@ -1,0 +1,335 @@
+"""Files in, files out: the `pixeldecoder` command."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from pixeldecoder.pipeline import PixelDecoderPipeline
+
+MAX_PIXELS = 4096 * 4096
+"""Largest output; beyond it memory would run out rather than an error appear."""
+IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+LATENT_SUFFIXES = (".safetensors", ".npy", ".pt")
+
+
+@dataclass(kw_only=True)
+class Decoder:
+    """Which decoder runs where, and how."""
+
+    decoder: str = "nano"
+    """"nano" (bundled), a diffusers folder, a checkpoint file, a Hub id or a released name."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """"auto": the fastest there is."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights. "auto": float32 on the CPU, bfloat16 elsewhere."""
+    seed: int = 0
+    """The same seed gives the same image."""
+    steps: int | None = None
+    """Sampling steps; by default what the decoder was made for (nano: 4)."""
+
+    def load(self) -> "PixelDecoderPipeline":
+        import torch
+
+        from pixeldecoder.pipeline import PixelDecoderPipeline
+
+        available = {
+            "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available(),
+            "cpu": True,
+        }
+        device = self.device if self.device != "auto" else next(name for name, there in available.items() if there)
+        if not available[device]:
+            usable = ", ".join(name for name, there in available.items() if there)
+            raise ValueError(f"--device {device}: this machine has none; available: {usable}")
+        dtype = self.dtype if self.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+        pipeline = PixelDecoderPipeline.from_pretrained(self.decoder, torch_dtype=getattr(torch, dtype)).to(device)
+        pipeline.set_progress_bar_config(desc="steps", leave=False)
+        return pipeline
+
+    def generator(self) -> "torch.Generator":
+        """On the CPU, so that a seed gives the same noise on every device."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(kw_only=True)
+class Decode(Decoder):
+    """Latents to images.
+
+    Latents are normalised (as the latent diffusion model denoises them), (C, h, w) or (B, C, h, w), in a
+    .safetensors file (its only tensor, or the one called "latents"), .npy or .pt.
+
+    Example: pixeldecoder decode latents.safetensors image.png --sigma 0.1
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A file of latents, or a folder of them."""
+    output: tyro.conf.Positional[Path]
+    """An image (.png, .webp, .jpg); for a folder, or a batch of several images, a folder."""
+    sigma: float = 0.0
+    """Noise level in [0, 1] that the latents have: 0 if they are finished."""
+    format: Literal["png", "webp", "jpg"] = "png"
+    """Of the images in an output folder."""
+
+    def run(self) -> None:
+        check_output(self.source, self.output)
+        check_sigma(self.sigma)
+        pipeline = self.load()
+        for path, target in pairs(self.source, self.output, LATENT_SUFFIXES, self.format):
+            latents = load_latents(path)
+            config = pipeline.transformer.config
+            cell = config.scale * config.latent_downscale_factor
+            check_pixels(latents.shape[-1] * cell, latents.shape[-2] * cell, path)
+            with Naming(path):
+                count = len(latents) if latents.ndim == 4 else 1
+                if count > 1 and not self.source.is_dir() and target.suffix:
+                    raise ValueError(f"{count} images cannot go into {target}: give a folder as output")
+                generators = [self.generator() for _ in range(count)]
+                images = pipeline(
+                    latents, sigma=self.sigma, num_inference_steps=self.steps, generator=generators
+                ).images
+            if count == 1:
+                save_image(images[0], target)
+            else:
+                folder = target.parent if target.suffix else target
+                for index, image in enumerate(images):
+                    save_image(image, folder / f"{path.stem}_{index:03}.{self.format}")
+
+
+@dataclass(kw_only=True)
+class Upscale(Decoder):
+    """Images to larger images: encode, then decode 4 times larger.
+
+    Example: pixeldecoder upscale photo.jpg large.png --sigma 0.2
+    """
+
+    source: tyro.conf.Positional[Path]
+    """An image, or a folder of images."""
+    output: tyro.conf.Positional[Path]
+    """An image (.png, .webp, .jpg), or a folder."""
+    sigma: float = 0.0
+    """Noise in [0, 1] added to the latents. More gives an image that differs more and invents more."""
+    format: Literal["png", "webp", "jpg"] = "png"
+    """Of the images in an output folder."""
+
+    def run(self) -> None:
+        import torch
+
+        check_output(self.source, self.output)
+        check_sigma(self.sigma)
+        pipeline = self.load()
+        for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, self.format):
+            image = load_image(path, pipeline.transformer.config.scale)
+            with Naming(path):
+                result = pipeline.upscale(
+                    image,
+                    sigma=self.sigma,
+                    # Not the sampler's: another sigma shall not change the rest of the noise.
+                    noise_generator=torch.Generator().manual_seed(self.seed + 1),
+                    num_inference_steps=self.steps,
+                    generator=self.generator(),
+                )
+            save_image(result.images[0], target)
+
+
+@dataclass(kw_only=True)
+class Convert:
+    """Checkpoints to the other format.
+
+    A reference checkpoint (.pth, .safetensors) becomes a diffusers folder; a diffusers folder becomes a reference
+    checkpoint. What tensors do not tell comes from the release name, of the file or given here.
+
+    Example: pixeldecoder convert model_ema_bf16.pth decoder --preset PiD_res2k_sr4x_official_flux_distill_4step
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A reference checkpoint or a diffusers folder."""
+    output: tyro.conf.Positional[Path]
+    """A new folder, or a .pth or .safetensors file."""
+    preset: str | None = None
+    """The released name of a checkpoint that is called otherwise."""
+    rope_reference_size: int | None = None
+    """Image side in pixels that the rotary frequencies are made for, of a network that was not released."""
+    adapter_padding_mode: Literal["zeros", "replicate"] | None = None
+    """Of a network that was not released, as are the following."""
+    latent_channels: int | None = None
+    latent_downscale_factor: int | None = None
+    scale: int | None = None
+    unpack_latents: bool | None = None
+
+    def run(self) -> None:
+        from pixeldecoder.convert import save_reference_checkpoint
+        from pixeldecoder.pipeline import PixelDecoderPipeline
+
+        if self.source.is_dir():
+            pipeline = PixelDecoderPipeline.from_pretrained(self.source)
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            save_reference_checkpoint(pipeline.transformer, self.output)
+        else:
+            if self.output.suffix:
+                raise ValueError(f"{self.output}: a reference checkpoint becomes a folder: give a name without suffix")
+            if self.output.exists():
+                raise ValueError(f"{self.output} exists: give a new folder")
+            known = ("source", "output", "preset")
+            overrides = {k: v for k, v in vars(self).items() if k not in known and v is not None}
+            pipeline = PixelDecoderPipeline.from_single_file(self.source, self.preset, **overrides)
+            temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
+            try:
+                pipeline.save_pretrained(temporary)
+                temporary.replace(self.output)
+            finally:
+                if temporary.exists():
+                    import shutil
+
+                    shutil.rmtree(temporary)
+        print(self.output)
+
+
+@dataclass(kw_only=True)
+class Demo(Decoder):
+    """See what it does: decode a bundled photo's latents and compare.
+
+    Writes comparison.png: the small photo enlarged bicubically, nano's decode of its latents, nano's decode of the
+    latents with noise of sigma 0.3, and the original.
+
+    Example: pixeldecoder demo --output outputs/demo
+    """
+
+    output: Path = Path("outputs/demo")
+    """Folder of the pictures."""
+
+    def run(self) -> None:
+        from pixeldecoder.demo import comparison
+
+        if self.decoder != "nano":
+            raise ValueError("the demo's latents are nano's: use decode or upscale with another decoder")
+        save_image(comparison(self.load(), self.generator(), self.steps), self.output / "comparison.png")
+        print(self.output / "comparison.png")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": Demo, "decode": Decode, "upscale": Upscale, "convert": Convert}
+
+
+def pairs(source: Path, output: Path, suffixes: tuple[str, ...], format: str) -> Iterator[tuple[Path, Path]]:
+    """Each input with its output, under a progress bar if the input is a folder."""
+    if not source.is_dir():
+        if source.suffix.lower() not in suffixes:
+            raise ValueError(f"{source}: expected one of {', '.join(suffixes)}, got {source.suffix or 'no suffix'!r}")
+        yield source, output
+        return
+    from tqdm import tqdm
+
+    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in suffixes)
+    if not paths:
+        raise ValueError(f"{source}: expected files ending in {', '.join(suffixes)}, found none")
+    stems = [path.stem for path in paths]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"{source}: several files would become {twice[0]}.{format}: rename one")
+    for path in tqdm(paths, desc="files"):
+        yield path, output / f"{path.stem}.{format}"
+
+
+def check_output(source: Path, output: Path) -> None:
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if source.is_dir():
+        if output.is_file():
+            raise ValueError(f"{output} is a file: a folder of inputs needs a folder of outputs")
+    elif output.suffix and output.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{output}: expected an image ending in {', '.join(IMAGE_SUFFIXES)}")
+
+
+def check_sigma(sigma: float) -> None:
+    if not 0 <= sigma <= 1:
+        raise ValueError(f"--sigma {sigma}: expected a noise level in [0, 1]")
+
+
+def check_pixels(width: int, height: int, path: Path) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{path}: the output would be {width} x {height} pixels: expected at most {MAX_PIXELS} (4096 x 4096)"
+        )
+
+
+def load_latents(path: Path) -> "torch.Tensor":
+    """(C, h, w) or (B, C, h, w) from .safetensors, .npy or .pt; nothing in the file is executed."""
+    import numpy as np
+    import torch
+
+    from pixeldecoder.convert import read_tensors
+
+    if path.suffix == ".npy":
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (ValueError, OSError, EOFError, TypeError) as error:
+            raise ValueError(f"{path}: not a readable array of numbers ({str(error).splitlines()[0]})") from None
+    found = read_tensors(path)
+    if isinstance(found, dict):
+        found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(found))
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(found)[:200]}')
+    return found.float()
+
+
+def load_image(path: Path, scale: int) -> "Image.Image":
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            check_pixels(image.width * scale, image.height * scale, path)
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: too large: the output may have {MAX_PIXELS} pixels (4096 x 4096): {error}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def save_image(image: "Image.Image", path: Path) -> None:
+    """Whole or not at all: written under another name, then renamed."""
+    path = path if path.suffix else path.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        image.save(temporary, quality=95)  # PNG, which loses nothing, takes no notice
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Naming:
+    """Puts the file's name before an error about its content."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"{self.path}: {error}") from None
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command; 0, or 2 after one line on bad input."""
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, description=__doc__)
+    try:
+        command.run()
+    except (ValueError, OSError) as error:
+        print(f"pixeldecoder: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def entry_point() -> None:
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""Reference checkpoint in, diffusers model out, and back: names change, numbers do not."""
+
+import inspect
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.presets import PRESETS, Preset, find_preset
+
+# Reference name, our name. `*` stands for a block's number; a name that ends in a dot is a prefix.
+_NAMES = [
+    ("y_pos_embedding", "text_embed.positions"),
+    ("y_embedder.", "text_embed."),
+    ("s_embedder.proj.", "patch_embed."),
+    ("t_embedder.mlp.0.", "time_embed.linear_1."),
+    ("t_embedder.mlp.2.", "time_embed.linear_2."),
+    ("patch_blocks.*.adaLN_modulation_img.0.", "patch_blocks.*.image.adaln."),
+    ("patch_blocks.*.norm_x1.", "patch_blocks.*.image.norm1."),
+    ("patch_blocks.*.norm_x2.", "patch_blocks.*.image.norm2."),
+    ("patch_blocks.*.adaLN_modulation_txt.0.", "patch_blocks.*.text.adaln."),
+    ("patch_blocks.*.norm_y1.", "patch_blocks.*.text.norm1."),
+    ("patch_blocks.*.norm_y2.", "patch_blocks.*.text.norm2."),
+    ("patch_blocks.*.attn.qkv_x.", "patch_blocks.*.attn.to_qkv."),
+    ("patch_blocks.*.attn.q_norm_x.", "patch_blocks.*.attn.norm_q."),
+    ("patch_blocks.*.attn.k_norm_x.", "patch_blocks.*.attn.norm_k."),
+    ("patch_blocks.*.attn.proj_x.", "patch_blocks.*.attn.to_out."),
+    ("patch_blocks.*.attn.qkv_y.", "patch_blocks.*.attn.add_qkv."),
+    ("patch_blocks.*.attn.q_norm_y.", "patch_blocks.*.attn.norm_added_q."),
+    ("patch_blocks.*.attn.k_norm_y.", "patch_blocks.*.attn.norm_added_k."),
+    ("patch_blocks.*.attn.proj_y.", "patch_blocks.*.attn.to_add_out."),
+    ("patch_blocks.*.mlp_x.w1.", "patch_blocks.*.mlp.gate_proj."),
+    ("patch_blocks.*.mlp_x.w3.", "patch_blocks.*.mlp.up_proj."),
+    ("patch_blocks.*.mlp_x.w2.", "patch_blocks.*.mlp.down_proj."),
+    ("patch_blocks.*.mlp_y.w1.", "patch_blocks.*.text_mlp.gate_proj."),
+    ("patch_blocks.*.mlp_y.w3.", "patch_blocks.*.text_mlp.up_proj."),
+    ("patch_blocks.*.mlp_y.w2.", "patch_blocks.*.text_mlp.down_proj."),
+    ("pixel_embedder.proj.", "pixel_embed."),
+    ("pixel_blocks.*.adaLN_modulation.0.", "pixel_blocks.*.adaln."),
+    ("pixel_blocks.*.norm1.", "pixel_blocks.*.norm1."),
+    ("pixel_blocks.*.norm2.", "pixel_blocks.*.norm2."),
+    ("pixel_blocks.*.compress_to_attn.", "pixel_blocks.*.compress."),
+    ("pixel_blocks.*.attn.qkv.", "pixel_blocks.*.attn.to_qkv."),
+    ("pixel_blocks.*.attn.q_norm.", "pixel_blocks.*.attn.norm_q."),
+    ("pixel_blocks.*.attn.k_norm.", "pixel_blocks.*.attn.norm_k."),
+    ("pixel_blocks.*.attn.proj.", "pixel_blocks.*.attn.to_out."),
+    ("pixel_blocks.*.expand_from_attn.", "pixel_blocks.*.expand."),
+    ("pixel_blocks.*.mlp.fc1.", "pixel_blocks.*.mlp.0."),
+    ("pixel_blocks.*.mlp.fc2.", "pixel_blocks.*.mlp.2."),
+    ("final_layer.norm.", "norm_out."),
+    ("final_layer.linear.", "proj_out."),
+    ("lq_proj.latent_proj.", "adapter.convs."),
+    ("lq_proj.output_heads.", "adapter.heads."),
+    ("lq_proj.pit_head.", "adapter.pixel_head."),
+    ("lq_proj.gate_modules.*.log_alpha", "adapter.sigma_gates.*.log_alpha"),
+    ("lq_proj.gate_modules.*.content_proj.", "adapter.sigma_gates.*.proj."),
+    ("pit_lq_gate.log_alpha", "adapter.pixel_sigma_gate.log_alpha"),
+    ("pit_lq_gate.content_proj.", "adapter.pixel_sigma_gate.proj."),
+    ("lq_proj.lq_aux_rgb_head.0.", "adapter.aux_rgb_head.norm."),
+    ("lq_proj.lq_aux_rgb_head.1.", "adapter.aux_rgb_head.proj_in."),
+    ("lq_proj.lq_aux_rgb_head.3.", "adapter.aux_rgb_head.proj_out."),
+]
+
+
+def _rule(source: str, target: str) -> tuple[re.Pattern[str], str]:
+    pattern = re.escape(source).replace(r"\*", r"(\d+)") + ("" if source.endswith(".") else "$")
+    return re.compile(pattern), target.replace("*", r"\1")
+
+
+_TO_OURS = [_rule(reference, ours) for reference, ours in _NAMES]
+_TO_REFERENCE = [_rule(ours, reference) for reference, ours in _NAMES]
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, target in rules:
+        if match := pattern.match(name):
+            return match.expand(target) + name[match.end() :]
+    return None
+
+
+def config_from_reference(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference's constructor arguments as keyword arguments of `PixelDecoderTransformer2DModel`."""
+    has_latents = bool(kwargs.get("lq_latent_channels"))
+    config = {
+        "patch_size": kwargs["patch_size"],
+        "num_layers": kwargs["patch_depth"],
+        "num_attention_heads": kwargs["num_groups"],
+        "attention_head_dim": kwargs["hidden_size"] // kwargs["num_groups"],
+        "num_pixel_layers": kwargs["pixel_depth"],
+        "pixel_dim": kwargs["pixel_hidden_size"],
+        "num_pixel_attention_heads": kwargs["pixel_num_groups"],
+        "pixel_attention_head_dim": kwargs["pixel_attn_hidden_size"] // kwargs["pixel_num_groups"],
+        "text_embed_dim": kwargs["txt_embed_dim"],
+        "max_text_length": kwargs["txt_max_length"],
+        "latent_channels": kwargs["lq_latent_channels"] if has_latents else None,
+        "rope_reference_size": kwargs["rope_ref_h"],
+    }
+    if has_latents:
+        config |= {
+            "latent_downscale_factor": kwargs["latent_spatial_down_factor"],
+            "scale": kwargs["sr_scale"],
+            "adapter_dim": kwargs["lq_hidden_dim"],
+            "num_adapter_layers": kwargs["lq_num_res_blocks"],
+            "adapter_padding_mode": kwargs["lq_conv_padding_mode"],
+            "injection_interval": kwargs["lq_interval"],
+            "unpack_latents": kwargs["lq_latent_unpatchify_factor"] == 2,
+            "per_channel_gate": kwargs["lq_gate_type"].endswith("_per_dim"),
+            "inject_pixels": kwargs["pit_lq_inject"],
+            "aux_rgb": kwargs["lq_aux_rgb_head"],
+            "aux_rgb_block": kwargs["lq_aux_rgb_head_latent_block_idx"],
+        }
+    return config
+
+
+def convert_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Reference tensors, under any of the known prefixes and adaLN layouts, under this library's names.
+
+    Tensors that serve training alone (`net_ema.`, `fake_score.`, `discriminator.`, `_repa_projector`) are left out.
+
+    Raises:
+        ValueError: the tensors are not those of a PiD network; the message lists the unknown names.
+    """
+    state = _canonical(state_dict)
+    converted = {name: _rename(name, _TO_OURS) for name in state}
+    if unknown := [name for name, ours in converted.items() if ours is None]:
+        raise ValueError(f"not a PiD checkpoint: {len(unknown)} unknown tensors: {_listing(unknown)}")
+    return {ours: state[name] for name, ours in converted.items() if ours is not None}
+
+
+def export_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse: this library's tensors under the reference's names, without prefix, the adaLN layout in one."""
+    exported = {name: _rename(name, _TO_REFERENCE) for name in state_dict}
+    if unknown := [name for name, reference in exported.items() if reference is None]:
+        raise ValueError(f"the reference has no name for {len(unknown)} tensors: {_listing(unknown)}")
+    return {reference: state_dict[name] for name, reference in exported.items() if reference is not None}
+
+
+def infer_config(state_dict: Mapping[str, torch.Tensor], preset: Preset | None = None, **overrides) -> dict[str, Any]:
+    """Constructor arguments from tensor shapes; what shapes do not tell comes from `preset` or `overrides`.
+
+    Shapes do not tell scale, VAE factor, packing, padding and the rotary reference. Without preset and overrides they
+    are taken from the released network of the same adapter width (512: v1, 1024: v1.5) and number of latent channels.
+
+    Args:
+        state_dict: under this library's names, from `convert_reference_state_dict`.
+        preset: of the release that the tensors are from.
+        overrides: arguments of `PixelDecoderTransformer2DModel` that are known better.
+
+    Raises:
+        ValueError: not a PiD network, or no released network is like it and something is left open.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in state_dict:
+            raise ValueError(f"not a PiD checkpoint: it has no tensor {name}")
+        return state_dict[name].shape
+
+    def count(pattern: str) -> int:
+        return len({m.group(1) for name in state_dict if (m := re.match(pattern, name))})
+
+    dim, patch_numel = shape("patch_embed.weight")
+    attn_dim, pixel_numel = shape("pixel_blocks.0.compress.weight")
+    head_dim = shape("patch_blocks.0.attn.norm_q.weight")[0]
+    pixel_head_dim = shape("pixel_blocks.0.attn.norm_q.weight")[0]
+    patch_size = math.isqrt(patch_numel // 3)
+    config: dict[str, Any] = {
+        "patch_size": patch_size,
+        "num_layers": count(r"patch_blocks\.(\d+)\."),
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "num_pixel_layers": count(r"pixel_blocks\.(\d+)\."),
+        "pixel_dim": pixel_numel // patch_size**2,
+        "num_pixel_attention_heads": attn_dim // pixel_head_dim,
+        "pixel_attention_head_dim": pixel_head_dim,
+        "text_embed_dim": None,
+        "latent_channels": None,
+    }
+    if "text_embed.proj.weight" in state_dict:
+        config["text_embed_dim"] = shape("text_embed.proj.weight")[1]
+        config["max_text_length"] = shape("text_embed.positions")[1]
+    if "adapter.convs.0.weight" not in state_dict:
+        if preset is None and "rope_reference_size" not in overrides:
+            raise ValueError(
+                "the rotary reference size of a prior cannot be told from its tensors: "
+                "give the release name or rope_reference_size"
+            )
+        return config | (preset.config if preset else {}) | overrides
+
+    adapter_dim, cells = shape("adapter.convs.0.weight")[:2]
+    config |= {
+        "adapter_dim": adapter_dim,
+        "num_adapter_layers": count(r"adapter\.convs\.(\d+)\.block"),
+        "injection_interval": -(-config["num_layers"] // count(r"adapter\.heads\.(\d+)\.")),
+        "per_channel_gate": shape("adapter.sigma_gates.0.proj.weight")[0] > 1,
+        "inject_pixels": "adapter.pixel_head.weight" in state_dict,
+        "aux_rgb": "adapter.aux_rgb_head.norm.weight" in state_dict,
+    }
+    if preset is None:
+        preset = _released_like(adapter_dim, cells)
+    open_keys = (
+        "latent_channels", "latent_downscale_factor", "scale", "unpack_latents", "adapter_padding_mode",
+        "rope_reference_size",
+    )  # fmt: skip
+    if preset is not None:
+        defaults = {name: p.default for name, p in inspect.signature(PixelDecoderTransformer2DModel).parameters.items()}
+        config |= {key: preset.config.get(key, defaults[key]) for key in open_keys}
+    elif left_open := [key for key in open_keys if key not in overrides]:
+        raise ValueError(
+            f"no released network has an adapter of width {adapter_dim} on {cells} channels, and these cannot be told "
+            f"from the tensors: {', '.join(left_open)}. Give them as arguments, or a release name"
+        )
+    return config | overrides
+
+
+def _released_like(adapter_dim: int, cells: int) -> Preset | None:
+    for preset in PRESETS.values():
+        channels = preset.config.get("latent_channels", 16)
+        if preset.config.get("unpack_latents"):
+            channels //= 4
+        if preset.latent_space and preset.config.get("adapter_dim", 512) == adapter_dim and channels == cells:
+            return preset
+    return None
+
+
+def read_tensors(path: str | Path) -> Any:
+    """What a `.safetensors`, `.pth` or `.pt` file holds: tensors, or containers of them; nothing in it is executed.
+
+    Raises:
+        ValueError: no such file, truncated, of another kind, or it holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a .safetensors, .pth or .pt file, there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused: it is no file of plain tensors, or it holds pickled code") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        detail = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable file of tensors, or truncated ({detail})") from None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """The named tensors of a `.pth`, `.pt` or `.safetensors` file as they are.
+
+    Raises:
+        ValueError: as `read_tensors`, or something else than named tensors.
+    """
+    state = read_tensors(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: not a checkpoint: expected named tensors, got {type(state).__name__}")
+    return state
+
+
+def load_reference_model(
+    path: str | Path, preset: str | None = None, torch_dtype: torch.dtype | None = None, **overrides
+) -> PixelDecoderTransformer2DModel:
+    """A reference checkpoint as a model: `PixelDecoderTransformer2DModel.from_single_file`.
+
+    Raises:
+        ValueError: an unreadable file, or missing or unexpected tensors, which the message lists.
+    """
+    try:
+        state = convert_reference_state_dict(load_checkpoint(path))
+        config = infer_config(state, find_preset(path, preset), **overrides)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    with torch.device("meta"):
+        model = PixelDecoderTransformer2DModel(**config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} for {tuple(size)}"
+            for name, size in expected.items()
+            if name in state and state[name].shape != size
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what}: {_listing(names)}" for what, names in problems.items() if names)
+        raise ValueError(f"{path}: the tensors do not fit the network: {found}")
+    model.load_state_dict(state, assign=True)
+    return model.eval() if torch_dtype is None else model.eval().to(torch_dtype)
+
+
+def save_reference_checkpoint(model: PixelDecoderTransformer2DModel, path: str | Path) -> None:
+    """Write the reference's format, `.pth` or `.safetensors`, under the released files' prefix `net.`.
+
+    Raises:
+        ValueError: another suffix, or a network that the reference cannot run.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"{path}: the reference's format is .pth or .safetensors, got {path.suffix!r}")
+    if model.config.prediction_type != "velocity" or model.config.text_embed_dim is None:
+        raise ValueError("the reference knows only networks with text that predict the velocity")
+    state = {f"net.{name}": t.contiguous() for name, t in export_reference_state_dict(model.state_dict()).items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(state, temporary) if path.suffix == ".safetensors" else torch.save(state, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_PREFIXES = ("model.diffusion_model.", "core.", "net.")
+_TRAINING_ONLY = re.compile(r"^(net_ema|fake_score|discriminator)\.|_repa_projector")
+
+
+def _canonical(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without prefix, without what serves training alone, each pixel block's adaLN in one."""
+    state = {}
+    for name, tensor in state_dict.items():
+        if _TRAINING_ONLY.search(name):
+            continue
+        prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
+        state[name.removeprefix(prefix)] = tensor
+    # Repackaged files cut each pixel block's adaLN, rows ordered (P^2, 6, d), after the third of the six.
+    for name in [n for n in state if ".adaLN_modulation_msa." in n]:
+        partner = name.replace("_msa.", "_mlp.")
+        if partner not in state:
+            raise ValueError(f"not a PiD checkpoint: {name} has no {partner} beside it")
+        msa, mlp = state.pop(name), state.pop(partner)
+        block = name.split(".adaLN")[0]
+        width = state[f"{block}.norm1.weight"].shape[0]
+        halves = [half.unflatten(0, (-1, 3, width)) for half in (msa, mlp)]
+        joined = torch.cat(halves, dim=1).flatten(0, 2)
+        leaf = name.rsplit(".", 1)[1]
+        state[f"{block}.adaLN_modulation.0.{leaf}"] = joined
+    return state
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

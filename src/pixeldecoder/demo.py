@@ -1,0 +1,57 @@
+"""Bundled latents in, a picture that compares their decodes with the original out."""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+
+from pixeldecoder.pipeline import NANO, PixelDecoderPipeline
+
+SIGMA = 0.3
+
+
+def comparison(pipeline: PixelDecoderPipeline, generator: torch.Generator, steps: int | None = None) -> Image.Image:
+    """A row for each bundled photo: the small photo enlarged, two decodes, the original; prints PSNR and seconds."""
+    rows = []
+    for path in sorted((NANO / "samples").glob("*.safetensors")):
+        original = to_tensor(Image.open(path.with_suffix(".webp")))
+        latents = load_file(path)["latents"].float()
+        noisy = (1 - SIGMA) * latents + SIGMA * torch.randn(latents.shape, generator=generator)
+        small = F.interpolate(original, scale_factor=1 / 4, mode="bicubic", antialias=True).clamp(-1, 1)
+        enlarged = F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1)
+        panels = [(f"input, {small.shape[-1]} px, bicubic", enlarged, 0.0)]
+        for label, z, sigma in ("nano, clean latents", latents, 0.0), (f"nano, sigma {SIGMA}", noisy, SIGMA):
+            begun = time.perf_counter()
+            image = pipeline(z, sigma=sigma, num_inference_steps=steps, generator=generator, output_type="pt").images
+            panels.append((label, image.cpu().float() * 2 - 1, time.perf_counter() - begun))
+        for label, image, seconds in panels:
+            print(f"{path.stem:10} {label:24} PSNR {psnr(image, original):5.2f} dB {seconds:6.1f} s", flush=True)
+        rows.append([*((label, image) for label, image, _ in panels), ("original", original)])
+    return _grid(rows)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], over all RGB values."""
+    return (10 * torch.log10(4 / F.mse_loss(image, truth))).item()
+
+
+def _grid(rows: list[list[tuple[str, torch.Tensor]]]) -> Image.Image:
+    height, width = rows[0][0][1].shape[-2:]
+    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
+    for y, row in enumerate(rows):
+        for x, (label, image) in enumerate(row):
+            pixels = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(pixels), (x * width, y * height))
+            box = draw.textbbox((x * width + 8, y * height + 6), label, font=font)
+            draw.rectangle((box[0] - 6, box[1] - 4, box[2] + 6, box[3] + 4), fill="black")
+            draw.text((x * width + 8, y * height + 6), label, font=font, fill="white")
+    return sheet

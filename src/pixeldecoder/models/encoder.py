@@ -1,0 +1,28 @@
+"""Image (B, 3, H, W) in, normalised latents (B, C, H/8, W/8) out: the small bundled encoder."""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import EncoderTiny
+from diffusers.models.modeling_utils import ModelMixin
+
+
+class TinyLatentEncoder(ModelMixin, ConfigMixin):
+    """A deterministic convolutional encoder trained to give the latents of a larger autoencoder.
+
+    It uses the encoder half of diffusers' `AutoencoderTiny` (MIT, TAESD), narrow at high resolution so that it is
+    cheap on a CPU.
+
+    Args:
+        latent_channels: channels C of the latents.
+        channels: width of every convolution.
+        num_blocks: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image size.
+    """
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 16, channels: int = 48, num_blocks: tuple[int, ...] = (0, 1, 3, 8)):
+        super().__init__()
+        self.encoder = EncoderTiny(3, latent_channels, tuple(num_blocks), (channels,) * len(num_blocks), "relu")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Image in [-1, 1], (B, 3, H, W), H and W multiples of 8 -> normalised latents (B, C, H/8, W/8)."""
+        return self.encoder(image)

@@ -1,0 +1,338 @@
+"""Noisy image, time, text and latents in; velocity out: the PiD network (method: Network)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from pixeldecoder.models.adapter import LatentFeatures, SigmaAwareAdapter, SigmaGate
+from pixeldecoder.models.layers import (
+    EPS,
+    PatchBlock,
+    PixelBlock,
+    TextEmbedding,
+    image_rotary,
+    pixel_positions,
+    text_rotary,
+)
+
+TIME_WIDTH = 256
+MIN_TIME = 0.05
+"""A clean-image prediction is turned into a velocity by 1/t, clamped here (method: Training)."""
+
+
+@dataclass
+class PixelDecoderOutput(BaseOutput):
+    """What `PixelDecoderTransformer2DModel` returns."""
+
+    sample: torch.Tensor
+    """Velocity v = noise - image, (B, 3, H, W), in the dtype of the input."""
+    features: tuple[torch.Tensor, ...] | None = None
+    """Image tokens after each block asked for, (B, D, Hp, Wp)."""
+    aux_rgb: torch.Tensor | None = None
+    """The low-resolution image that the adapter predicts, (B, 3, H/s, W/s)."""
+
+
+class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+    """PiD's network (arXiv 2605.23902): PixelDiT conditioned on latents through a sigma-aware adapter.
+
+    The defaults are the released v1 decoder for 16-channel latents; v1.5 differs in `adapter_dim=1024`,
+    `adapter_padding_mode="replicate"`, `per_channel_gate=False`, `inject_pixels=True`, `aux_rgb=True` and
+    `rope_reference_size=2048`.
+
+    Args:
+        patch_size: image pixels P to a patch side.
+        num_layers: patch blocks N.
+        num_attention_heads, attention_head_dim: of the patch blocks; their product is the width D.
+        num_pixel_layers: pixel blocks M.
+        pixel_dim: channels d of a pixel token, a multiple of 4.
+        num_pixel_attention_heads, pixel_attention_head_dim: of the pixel blocks; their product is the width A.
+        text_embed_dim: width Dt of the prompt embeddings; `None` for a network without text.
+        max_text_length: text tokens Tmax; more are cut off.
+        latent_channels: channels C of the latents; `None` for the text-to-image prior, which has no adapter.
+        latent_downscale_factor: pixels f of the autoencoder's image to a latent cell side.
+        scale: how much larger (s) than the autoencoder's image the output is.
+        adapter_dim: width K of the adapter, a multiple of 4.
+        num_adapter_layers: residual blocks R of the adapter.
+        adapter_padding_mode: of its convolutions.
+        injection_interval: latents are injected before every so many-th patch block.
+        unpack_latents: undo FLUX.2's 2 x 2 packing first.
+        per_channel_gate: D gate values to a token, or one.
+        inject_pixels: inject into the pixel pathway, too.
+        aux_rgb: has the auxiliary head that predicts the low-resolution image.
+        aux_rgb_block: the residual block of the adapter whose output that head reads.
+        rope_reference_size: image side in pixels for which the rotary frequencies are made.
+        prediction_type: what the layers predict, the "velocity" or the clean image ("sample"); `forward` returns the
+            velocity either way.
+        aux_rgb_base: add the auxiliary image, enlarged, to the predicted clean image.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PatchBlock", "PixelBlock", "SigmaAwareAdapter"]
+    _repeated_blocks = ["PatchBlock", "PixelBlock"]
+    _group_offload_block_modules = ["adapter"]
+    # Small tensors that errors in the picture hang on: gates, time, and everything that works on single pixels.
+    _skip_layerwise_casting_patterns = ["norm", "sigma_gate", "time_embed", "pixel_embed", "pixel_blocks", "proj_out"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 16,
+        num_layers: int = 14,
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 64,
+        num_pixel_layers: int = 2,
+        pixel_dim: int = 16,
+        num_pixel_attention_heads: int = 16,
+        pixel_attention_head_dim: int = 72,
+        text_embed_dim: int | None = 2304,
+        max_text_length: int = 300,
+        latent_channels: int | None = 16,
+        latent_downscale_factor: int = 8,
+        scale: int = 4,
+        adapter_dim: int = 512,
+        num_adapter_layers: int = 4,
+        adapter_padding_mode: Literal["zeros", "replicate"] = "zeros",
+        injection_interval: int = 2,
+        unpack_latents: bool = False,
+        per_channel_gate: bool = True,
+        inject_pixels: bool = False,
+        aux_rgb: bool = False,
+        aux_rgb_block: int = -1,
+        rope_reference_size: int = 1024,
+        prediction_type: Literal["velocity", "sample"] = "velocity",
+        aux_rgb_base: bool = False,
+    ):
+        super().__init__()
+        for name, head_dim in ("attention", attention_head_dim), ("pixel_attention", pixel_attention_head_dim):
+            if head_dim % 4 or head_dim < 8:
+                raise ValueError(
+                    f"{name}_head_dim is {head_dim}: 2-D rotary embedding needs a multiple of 4, at least 8"
+                )
+        if prediction_type not in ("velocity", "sample"):
+            raise ValueError(f'prediction_type is {prediction_type!r}: expected "velocity" or "sample"')
+        if aux_rgb_base and not (aux_rgb and prediction_type == "sample"):
+            raise ValueError('aux_rgb_base needs aux_rgb=True and prediction_type="sample"')
+        dim = num_attention_heads * attention_head_dim
+        self.patch_embed = nn.Linear(3 * patch_size**2, dim)
+        self.time_embed = TimestepEmbedding(TIME_WIDTH, dim)
+        self.text_embed = None if text_embed_dim is None else TextEmbedding(text_embed_dim, dim, max_text_length)
+        self.adapter = None
+        if latent_channels is not None:
+            self.adapter = SigmaAwareAdapter(
+                dim,
+                num_injections=-(-num_layers // injection_interval),
+                latent_channels=latent_channels,
+                latent_downscale_factor=latent_downscale_factor,
+                scale=scale,
+                patch_size=patch_size,
+                adapter_dim=adapter_dim,
+                num_adapter_layers=num_adapter_layers,
+                adapter_padding_mode=adapter_padding_mode,
+                unpack_latents=unpack_latents,
+                per_channel_gate=per_channel_gate,
+                inject_pixels=inject_pixels,
+                aux_rgb=aux_rgb,
+                aux_rgb_block=aux_rgb_block,
+            )
+        self.patch_blocks = nn.ModuleList(
+            PatchBlock(dim, num_attention_heads, text_embed_dim is not None) for _ in range(num_layers)
+        )
+        self.pixel_embed = nn.Linear(3, pixel_dim)
+        pixel_attn_dim = num_pixel_attention_heads * pixel_attention_head_dim
+        self.pixel_blocks = nn.ModuleList(
+            PixelBlock(dim, pixel_dim, pixel_attn_dim, num_pixel_attention_heads, patch_size)
+            for _ in range(num_pixel_layers)
+        )
+        self.norm_out = nn.RMSNorm(pixel_dim, eps=EPS)
+        self.proj_out = nn.Linear(pixel_dim, 3)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, preset: str | None = None, torch_dtype: torch.dtype | None = None, **overrides
+    ) -> "PixelDecoderTransformer2DModel":
+        """Load a checkpoint in the reference's format, `.pth` or `.safetensors`.
+
+        Args:
+            path: the file; a released name in it or in its folder's name is recognised.
+            preset: the released name, where the file is called otherwise.
+            torch_dtype: of the weights; by default the file's.
+            overrides: arguments of this class that the tensors do not tell.
+
+        Raises:
+            ValueError: an unknown preset, an unreadable file, or missing or unexpected tensors, which are listed.
+        """
+        from pixeldecoder.convert import load_reference_model  # it builds this class
+
+        return load_reference_model(path, preset, torch_dtype, **overrides)
+
+    def _init_weights(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name.endswith("adaln"):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, SigmaGate):  # g is about .88, .50, .05 at sigma = 0, .4, 1
+                nn.init.trunc_normal_(module.proj.weight, std=0.01)
+                nn.init.constant_(module.proj.bias, 2.0)
+            elif isinstance(module, SigmaAwareAdapter):
+                for head in (*module.heads, *([module.pixel_head] if module.pixel_head is not None else [])):
+                    nn.init.zeros_(head.weight)
+            elif isinstance(module, TextEmbedding):
+                nn.init.trunc_normal_(module.positions, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @apply_forward_hook
+    def encode_latents(
+        self, latents: torch.Tensor, height: int, width: int, return_aux_rgb: bool = False
+    ) -> LatentFeatures:
+        """Run the adapter, once per image; pass the result as `latent_features=` at every step.
+
+        Args:
+            latents: normalised latents (B, C, h, w), as noisy as their sigma says.
+            height, width: of the output image in pixels, multiples of the patch size.
+            return_aux_rgb: also predict the low-resolution image.
+
+        Raises:
+            ValueError: the model takes no latents, or other channels, or another size.
+        """
+        config = self.config
+        if self.adapter is None:
+            raise ValueError("this model is a prior without an adapter: it takes no latents")
+        if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
+            raise ValueError(
+                f"expected latents of shape (B, {config.latent_channels}, h, w), got {tuple(latents.shape)}: "
+                "this decoder is for another latent space, or the latents are packed or unpacked differently"
+            )
+        if return_aux_rgb and self.adapter.aux_rgb_head is None:
+            raise ValueError("return_aux_rgb=True, but this model has no auxiliary RGB head (aux_rgb=False)")
+        grid = (height // config.patch_size, width // config.patch_size)
+        return self.adapter(latents.to(self.dtype), grid, return_aux_rgb or config.aux_rgb_base)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        sigma: torch.Tensor | float = 0.0,
+        latent_features: LatentFeatures | None = None,
+        return_features: tuple[int, ...] | None = None,
+        return_aux_rgb: bool = False,
+        return_dict: bool = True,
+    ) -> PixelDecoderOutput | tuple:
+        """Predict the velocity of a noisy image.
+
+        Args:
+            hidden_states: noisy image x_t = (1 - t) image + t noise, (B, 3, H, W), image in [-1, 1]; float32 is best,
+                whatever the dtype of the weights.
+            timestep: 1000 t, in [0, 1000], a number or (B,).
+            encoder_hidden_states: prompt embeddings (B, T, Dt); `None` for a model without text.
+            latents: normalised latents (B, C, h, w); without them the model is the plain text-to-image backbone.
+            sigma: noise level of the latents in [0, 1], a number or (B,).
+            latent_features: `encode_latents(latents, H, W)`, in place of `latents`.
+            return_features: patch blocks (from 0) whose image tokens are wanted.
+            return_aux_rgb: also return the adapter's auxiliary low-resolution image.
+
+        Raises:
+            ValueError: shapes that do not fit the model, text missing or in excess.
+        """
+        batch, channels, height, width = hidden_states.shape
+        patch = self.config.patch_size
+        if channels != 3 or height % patch or width % patch or not height * width:
+            raise ValueError(
+                f"expected an image (B, 3, H, W) with H and W multiples of {patch}, got {tuple(hidden_states.shape)}"
+            )
+        if (encoder_hidden_states is None) != (self.text_embed is None):
+            expected = "no text (text_embed_dim=None)" if self.text_embed is None else "encoder_hidden_states"
+            raise ValueError(f"this model expects {expected}")
+        if latents is not None:
+            latent_features = self.encode_latents(latents, height, width, return_aux_rgb)
+        if latent_features is None and (return_aux_rgb or self.config.aux_rgb_base):
+            raise ValueError("the auxiliary RGB image is predicted from latents: pass latents or latent_features")
+        device, dtype = hidden_states.device, self.dtype
+        grid = (height // patch, width // patch)
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(batch)
+        image = hidden_states.to(dtype)
+
+        # Condition: c = SiLU(e_t). Period 10, angles in float32 (method: Network, 2).
+        time = get_timestep_embedding(t, TIME_WIDTH, flip_sin_to_cos=True, downscale_freq_shift=0, max_period=10)
+        time = self.time_embed(time.to(dtype))[:, None]
+        condition = F.silu(time)
+
+        # Patch pathway: joint attention with text, latents injected through their gates.
+        reference = self.config.rope_reference_size / patch
+        rotary = image_rotary(*grid, self.config.attention_head_dim, reference, device)
+        text, text_rope = None, None
+        if self.text_embed is not None:
+            text = self.text_embed(encoder_hidden_states.to(dtype))
+            text_rope = text_rotary(text.shape[1], self.config.attention_head_dim, device)
+        h = self.patch_embed(F.unfold(image, patch, stride=patch).transpose(1, 2))
+        features = {}
+        for i, block in enumerate(self.patch_blocks):
+            if latent_features is not None and i % self.config.injection_interval == 0:
+                injection = i // self.config.injection_interval
+                h = h + self.adapter.sigma_gates[injection](h, latent_features.injections[injection], sigma)
+            is_last = i == len(self.patch_blocks) - 1
+            h, text = self._run(block, h, text, condition, rotary, text_rope, is_last)
+            if return_features is not None and i in return_features:
+                features[i] = h.transpose(1, 2).unflatten(2, grid)
+
+        # Pixel pathway: s conditions every pixel of its patch.
+        s = F.silu(time + h)
+        if latent_features is not None and latent_features.pixel is not None:
+            s = s + self.adapter.pixel_sigma_gate(s, latent_features.pixel, sigma)
+        rotary = image_rotary(*grid, self.config.pixel_attention_head_dim, reference, device)
+        positions = pixel_positions(height, width, self.config.pixel_dim, device).to(dtype)
+        pixels = self._patches(self.pixel_embed(image.movedim(1, -1)) + positions, patch)
+        for block in self.pixel_blocks:
+            pixels = self._run(block, pixels, s, rotary)
+        output = self._image(self.proj_out(self.norm_out(pixels)), grid, patch).to(hidden_states.dtype)
+
+        if self.config.prediction_type == "sample":
+            if self.config.aux_rgb_base:
+                base = latent_features.aux_rgb.to(output.dtype)
+                output = output + F.interpolate(base, size=(height, width), mode="bicubic")
+            clamped_t = (t / 1000).clamp_min(MIN_TIME).to(output.dtype)[:, None, None, None]
+            output = (hidden_states - output) / clamped_t
+        result = PixelDecoderOutput(
+            sample=output,
+            features=None if return_features is None else tuple(features[i] for i in return_features),
+            aux_rgb=latent_features.aux_rgb if return_aux_rgb else None,
+        )
+        return result if return_dict else result.to_tuple()
+
+    def _run(self, block: nn.Module, *args):
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    @staticmethod
+    def _patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
+        """(B, H, W, d) -> (B, L, P^2, d), patches and pixels in them row by row."""
+        x = pixels.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    @staticmethod
+    def _image(pixels: torch.Tensor, grid: tuple[int, int], patch: int) -> torch.Tensor:
+        """(B, L, P^2, 3) -> (B, 3, H, W): the inverse."""
+        x = pixels.unflatten(1, grid).unflatten(3, (patch, patch))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,84 @@
+"""A released checkpoint's name in; its configuration, latent space and licence out (method: Latent spaces)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HUB_REPOSITORY = "nvidia/PiD"
+RELEASED_LICENSE = "NVIDIA non-commercial licence (research and evaluation only)"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One released checkpoint."""
+
+    name: str
+    latent_space: str | None
+    """Whose latents: "flux", "sd3", "sdxl", "flux2", "qwenimage", "dinov2", "siglip"; `None` for text to image."""
+    config: dict[str, Any]
+    """Keyword arguments of `PixelDecoderTransformer2DModel`."""
+    distilled: bool
+    """A 4-step student; otherwise a teacher or the prior, sampled with DPM-Solver++ and guidance."""
+    num_inference_steps: int
+    guidance_scale: float
+
+    @property
+    def filename(self) -> str:
+        """Path in the Hub repository."""
+        return f"checkpoints/{self.name}/model_ema_bf16.pth"
+
+
+V1: dict[str, Any] = {}  # the model's defaults
+V1_5 = dict(
+    adapter_dim=1024,
+    adapter_padding_mode="replicate",
+    per_channel_gate=False,
+    inject_pixels=True,
+    aux_rgb=True,
+    rope_reference_size=2048,
+)
+_FLUX2 = dict(latent_channels=128, latent_downscale_factor=16)
+_DINOV2 = dict(latent_channels=768, latent_downscale_factor=16)
+_SIGLIP = dict(latent_channels=1152, latent_downscale_factor=16, scale=8)
+
+
+def _presets() -> dict[str, Preset]:
+    students = {
+        "PiD_res2k_sr4x_official_flux_distill_4step": ("flux", V1),
+        "PiD_res2k_sr4x_official_sd3_distill_4step": ("sd3", V1),
+        "PiD_res2k_sr4x_official_flux2_distill_4step": ("flux2", V1 | _FLUX2),
+        "PiD_res2k_sr4x_official_dinov2_distill_4step": ("dinov2", V1 | _DINOV2),
+        "PiD_res2k_sr8x_official_siglip_distill_4step": ("siglip", V1 | _SIGLIP),
+        "PiD_res2kto4k_sr4x_official_sd3_distill_4step": ("sd3", V1),
+        "PiD_res2kto4k_sr4x_official_sdxl_distill_4step": ("sdxl", V1 | dict(latent_channels=4)),
+        "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step": ("flux", V1_5),
+        "PiD_v1pt5_res2kto4k_sr4x_official_flux2_distill_4step": ("flux2", V1_5 | _FLUX2 | dict(unpack_latents=True)),
+        "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_distill_4step": ("qwenimage", V1_5),
+    }
+    presets = [Preset(name, space, config, True, 4, 1.0) for name, (space, config) in students.items()]
+    for space in ("flux", "flux2", "qwenimage"):
+        _, config = students[f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_distill_4step"]
+        name = f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_undistilled"
+        presets.append(Preset(name, space, config, False, 25, 5.0))
+    # v1.5 trains the adapter alone on top of this network, so the two share the rotary reference.
+    prior = dict(latent_channels=None, rope_reference_size=2048)
+    presets.append(Preset("PixelDiT_finetune_2kto4k", None, prior, False, 50, 2.75))
+    return {preset.name: preset for preset in presets}
+
+
+PRESETS = _presets()
+"""Every released checkpoint by name."""
+
+
+def find_preset(path: str | Path, name: str | None = None) -> Preset | None:
+    """The preset called `name`, or the one that a file is named after, by its own name or its folder's.
+
+    Raises:
+        ValueError: no preset is called `name`.
+    """
+    if name is not None:
+        if name not in PRESETS:
+            raise ValueError(f'no released checkpoint "{name}": expected one of {", ".join(PRESETS)}')
+        return PRESETS[name]
+    path = Path(path)
+    return next((PRESETS[known] for known in (path.stem, path.name, path.parent.name) if known in PRESETS), None)
