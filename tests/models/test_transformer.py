@@ -1,0 +1,220 @@
+"""The network against the reference's numbers, and in the hands of diffusers."""
+
+import pytest
+import torch
+from conftest import CASES, TINY, TINY_NANO, TINY_V15, Golden, manifests, relative, tiny_model
+
+from pixeldecoder import PixelDecoderTransformer2DModel
+from pixeldecoder.convert import config_from_reference, export_reference_state_dict
+
+
+def inputs(batch=2, height=64, width=96, channels=16, cell=32):
+    return dict(
+        hidden_states=torch.randn(batch, 3, height, width),
+        timestep=torch.tensor([999.0, 342.0])[:batch],
+        encoder_hidden_states=torch.randn(batch, 7, 20),
+        latents=torch.randn(batch, channels, height // cell, width // cell),
+        sigma=torch.tensor([0.0, 0.35])[:batch],
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_golden(case):
+    golden = Golden(case)
+    has_aux = "aux_rgb" in golden.outputs
+    output = golden.model(
+        golden.x,
+        golden.t,
+        golden.text,
+        latents=golden.latents,
+        sigma=golden.sigma,
+        return_features=(1, 3),
+        return_aux_rgb=has_aux,
+    )
+    assert relative(output.sample, golden.outputs["velocity"]) < 2e-5
+    for index, feature in enumerate(output.features):
+        assert relative(feature, golden.outputs[f"feature_{index}"]) < 2e-6
+    if has_aux:
+        assert relative(output.aux_rgb, golden.outputs["aux_rgb"]) < 2e-5
+    plain = golden.model(golden.x, golden.t, golden.text).sample
+    assert relative(plain, golden.outputs["velocity_without_latent"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", list(manifests()))
+def test_release_manifest(name):
+    manifest = manifests()[name]
+    with torch.device("meta"):
+        model = PixelDecoderTransformer2DModel(**config_from_reference(manifest["config"]))
+    exported = {key: list(tensor.shape) for key, tensor in export_reference_state_dict(model.state_dict()).items()}
+    assert exported == manifest["parameters"]
+    assert sum(p.numel() for p in model.parameters()) == manifest["num_parameters"]
+
+
+def test_gate_starts_as_the_paper_says():
+    gate = PixelDecoderTransformer2DModel(**TINY).adapter.sigma_gates[0]
+    tokens = torch.zeros(3, 1, 32)
+    opening = gate(tokens, torch.ones(3, 1, 32) * 0 + 1e-6, torch.tensor([0.0, 0.4, 1.0])) / 1e-6
+    assert opening.mean(dim=(1, 2)).tolist() == pytest.approx([0.88, 0.50, 0.05], abs=5e-3)
+
+
+def test_new_network_ignores_latents_and_predicts_nothing():
+    model = PixelDecoderTransformer2DModel(**TINY_V15)
+    assert torch.equal(model(**inputs()).sample, torch.zeros(2, 3, 64, 96))
+    model.proj_out = tiny_model(**TINY_V15).proj_out
+    given = inputs()
+    with_latents = model(**given).sample
+    assert torch.equal(with_latents, model(**(given | {"latents": None})).sample) and with_latents.std() > 0
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_V15, TINY_NANO], ids=["v1", "v1.5", "nano"])
+@torch.no_grad()
+def test_adapter_once_is_adapter_every_step(config):
+    model, given = tiny_model(**config), inputs()
+    if config["text_embed_dim"] is None:
+        given["encoder_hidden_states"] = None
+    features = model.encode_latents(given["latents"], 64, 96)
+    cached = model(**(given | {"latents": None, "latent_features": features})).sample
+    assert torch.equal(cached, model(**given).sample)
+
+
+@torch.no_grad()
+def test_clean_image_prediction_is_returned_as_velocity():
+    velocity_model, image_model = tiny_model(**TINY), tiny_model(**TINY, prediction_type="sample")
+    given = inputs() | {"timestep": torch.tensor([500.0, 20.0])}
+    x0 = velocity_model(**given).sample  # the same weights: what the layers put out
+    expected = (given["hidden_states"] - x0) / torch.tensor([0.5, 0.05])[:, None, None, None]
+    torch.testing.assert_close(image_model(**given).sample, expected)
+
+
+@torch.no_grad()
+def test_aux_rgb_base_is_added():
+    given = inputs() | {"encoder_hidden_states": None, "timestep": 500.0}
+    based = tiny_model(**TINY_NANO)
+    plain = tiny_model(**(TINY_NANO | {"aux_rgb_base": False}))
+    aux = based(**given, return_aux_rgb=True).aux_rgb
+    assert aux.shape == (2, 3, 16, 24)
+    base = torch.nn.functional.interpolate(aux, size=(64, 96), mode="bicubic")
+    torch.testing.assert_close((plain(**given).sample - based(**given).sample) * 0.5, base, atol=1e-4, rtol=1e-4)
+
+
+def test_latents_of_another_size_are_resized():
+    for scale, size in (4, (2, 4)), (2, (3, 5)), (1, (5, 9)):  # upsampled, the same, folded; never exactly the grid's
+        model = tiny_model(**TINY, scale=scale)
+        given = inputs() | {"latents": torch.randn(2, 16, *size)}
+        assert model(**given).sample.isfinite().all()
+
+
+def test_float32_input_survives_a_bfloat16_network():
+    model, given = tiny_model(**TINY_NANO), inputs() | {"encoder_hidden_states": None}
+    exact = model(**given).sample
+    rounded = model.to(torch.bfloat16)(**given).sample
+    assert rounded.dtype == torch.float32
+    assert relative(rounded, exact) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.randn(2, 3, 60, 96)}, "multiples of 16"),
+        ({"latents": torch.randn(2, 4, 2, 3)}, r"\(B, 16, h, w\), got \(2, 4, 2, 3\)"),
+        ({"encoder_hidden_states": None}, "expects encoder_hidden_states"),
+        ({"return_aux_rgb": True}, "no auxiliary RGB head"),
+    ],
+)
+def test_wrong_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**(inputs() | change))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"attention_head_dim": 6}, "multiple of 4"),
+        ({"prediction_type": "epsilon"}, "velocity"),
+        ({"aux_rgb_base": True}, "needs aux_rgb"),
+        ({"scale": 3}, "multiple or a divisor of patch_size"),
+    ],
+)
+def test_wrong_config(config, message):
+    with pytest.raises(ValueError, match=message):
+        PixelDecoderTransformer2DModel(**(TINY | config))
+
+
+def test_save_and_load(tmp_path):
+    model, given = tiny_model(**TINY_V15), inputs()
+    model.save_pretrained(tmp_path)
+    loaded = PixelDecoderTransformer2DModel.from_pretrained(tmp_path)
+    assert loaded.config.inject_pixels
+    assert torch.equal(loaded(**given).sample, model(**given).sample)
+
+
+@torch.no_grad()
+def test_layerwise_casting():
+    model, given = tiny_model(), inputs()
+    exact = model(**given).sample
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.patch_blocks[0].attn.to_qkv.weight.dtype == torch.float8_e4m3fn
+    assert model.pixel_blocks[0].adaln.weight.dtype == torch.float32  # errors here are seen at once
+    difference = model(**given).sample - exact
+    assert 1e-6 < difference.std() / exact.std() < 0.2
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@torch.no_grad()
+def test_group_offload(offload_type):
+    model, given = tiny_model(**TINY_V15), inputs()
+    exact = model(**given).sample
+    model.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1, use_stream=False
+    )
+    features = model.encode_latents(given["latents"], 64, 96)
+    assert torch.equal(model(**(given | {"latents": None, "latent_features": features})).sample, exact)
+
+
+def test_gradient_checkpointing():
+    model, given = tiny_model(**TINY_V15).train(), inputs()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(**given).sample.square().mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 100
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+@torch.no_grad()
+def test_regional_compilation():
+    model, given = tiny_model(), inputs()
+    exact = model(**given).sample
+    model.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(model(**given).sample, exact, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_backend():
+    model, given = tiny_model(), inputs()
+    exact = model(**given).sample
+    model.set_attention_backend("_native_math")
+    assert model.pixel_blocks[0].attn.processor._attention_backend == "_native_math"
+    torch.testing.assert_close(model(**given).sample, exact, atol=1e-5, rtol=1e-4)
+    model.reset_attention_backend()
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    model, given = tiny_model(), inputs()
+    exact = model(**given).sample
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_qkv", "to_out"], init_lora_weights=False))
+    changed = model(**given).sample
+    assert relative(changed, exact) > 1e-3
+    model.disable_adapters()
+    torch.testing.assert_close(model(**given).sample, exact)
+
+
+def test_device_map_keeps_blocks_whole():
+    names = {type(module).__name__ for module in tiny_model().modules()}
+    assert set(PixelDecoderTransformer2DModel._no_split_modules) <= names
+    assert set(PixelDecoderTransformer2DModel._repeated_blocks) <= names
