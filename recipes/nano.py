@@ -1,7 +1,9 @@
 """Photos in, the bundled nano weights out: first the encoder, then the decoder.
 
-    python recipes/nano.py encoder --data PHOTOS --taef1 taef1_encoder.safetensors --minutes 15
-    python recipes/nano.py decoder --data PHOTOS --taef1 taef1_encoder.safetensors --minutes 60
+    python recipes/nano.py encoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 13 --learning-rate 2e-3
+    python recipes/nano.py decoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 60 --learning-rate 8e-4
+    python recipes/nano.py samples --data EVAL --taef1 taef1_encoder.safetensors
+    python recipes/nano.py evaluate --data EVAL --taef1 taef1_encoder.safetensors
 
 Each writes a diffusers folder under `--out`; the decoder's goes on from its own checkpoint there.
 """
@@ -22,23 +24,25 @@ import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderTiny
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pixeldecoder.demo import psnr, to_tensor
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pipeline import PixelDecoderPipeline
 
 
 @dataclass
 class Config:
     """One training run."""
 
-    stage: tyro.conf.Positional[Literal["encoder", "decoder"]]
+    stage: tyro.conf.Positional[Literal["encoder", "decoder", "samples", "evaluate"]]
     data: Path
-    """Folder of photos."""
+    """Folder of photos: to train on, or to evaluate on."""
     taef1: Path
     """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors."""
-    minutes: float
+    minutes: float = 60.0
     """Wall time of training, loading excluded."""
     out: Path = Path("outputs/nano")
     seed: int = 0
@@ -288,6 +292,76 @@ def train_decoder(config: Config) -> None:
     )
 
 
+SAMPLES = {"budgie": "13_budgie-branch.jpg", "face": "kodim15.png", "sign": "10_kait-herzog-8242.jpg"}
+CROPS = {"budgie": (352, 32), "face": (168, 0), "sign": (60, 120)}
+"""Left and top of the 512 px crop of each bundled sample."""
+
+
+def make_samples(config: Config) -> None:
+    """A few photos that may be passed on, with their latents: what `pixeldecoder demo` shows."""
+    encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").eval()
+    folder = config.out / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in SAMPLES.items():
+        left, top = CROPS[name]
+        photo = Image.open(config.data / file).convert("RGB").crop((left, top, left + 512, top + 512))
+        photo.save(folder / f"{name}.webp", quality=95)
+        with torch.no_grad():
+            latents = encoder(downscale(to_tensor(Image.open(folder / f"{name}.webp")), 4))
+        save_file({"latents": latents.contiguous()}, folder / f"{name}.safetensors")
+
+
+@torch.no_grad()
+def evaluate(config: Config) -> None:
+    """PSNR of the bundled nano and of bicubic enlargement on whole eval photos and 512 px centre crops, sigma 0 and .4.
+
+    Also the bundled encoder's distance to TAEF1, and the gradient across patch borders over that elsewhere.
+    """
+    pipeline = PixelDecoderPipeline.from_pretrained("nano").to(config.device)
+    pipeline.set_progress_bar_config(disable=True)
+    taef1 = load_taef1_encoder(config.taef1, config.device)
+    rows = []
+    paths = sorted(p for p in config.data.iterdir() if p.suffix in {".webp", ".png", ".jpg", ".jpeg"})
+    for path in paths:
+        photo = to_tensor(Image.open(path))
+        height, width = photo.shape[-2:]
+        top, left = (height - 512) // 2, (width - 512) // 2
+        row = {}
+        for kind, truth in (
+            ("whole", photo[..., : height // 32 * 32, : width // 32 * 32]),
+            ("centre", photo[..., top : top + 512, left : left + 512]),
+        ):
+            small = downscale(truth, 4)
+            row[f"{kind}_bicubic"] = psnr(F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1), truth)
+            latents = pipeline.encode_image(small)
+            generator = torch.Generator().manual_seed(config.seed)
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            for sigma in (0.0, 0.4):
+                z = (1 - sigma) * latents + sigma * noise
+                begun = time.perf_counter()
+                image = pipeline(z, sigma=sigma, generator=torch.Generator().manual_seed(config.seed), output_type="pt")
+                image = image.images.cpu().float() * 2 - 1
+                row[f"{kind}_nano_{sigma}"] = psnr(image, truth)
+                if sigma == 0:
+                    row[f"{kind}_seconds"] = time.perf_counter() - begun
+                    row[f"{kind}_border"] = border_ratio(image)
+                    row[f"{kind}_border_truth"] = border_ratio(truth)
+            target = taef1.encoder(small.to(config.device))
+            row[f"{kind}_encoder"] = ((latents - target).square().mean() / target.square().mean()).sqrt().item()
+        rows.append(row)
+        print(path.name, {key: round(value, 3) for key, value in row.items()}, flush=True)
+    print("mean", json.dumps({key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}, indent=1))
+
+
+def border_ratio(image: torch.Tensor, patch: int = 16) -> float:
+    """Mean absolute difference of neighbours across patch borders, over that of all other neighbours."""
+    gradients = [image.diff(dim=-1).abs().mean(dim=(0, 1, 2)), image.diff(dim=-2).abs().mean(dim=(0, 1, 3))]
+    across = torch.cat([gradient[patch - 1 :: patch] for gradient in gradients]).mean()
+    within = torch.cat([g[torch.arange(len(g)) % patch != patch - 1] for g in gradients]).mean()
+    return (across / within).item()
+
+
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
-    {"encoder": train_encoder, "decoder": train_decoder}[config.stage](config)
+    stages = {"encoder": train_encoder, "decoder": train_decoder, "samples": make_samples, "evaluate": evaluate}
+    stages[config.stage](config)

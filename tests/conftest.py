@@ -98,7 +98,9 @@ def tiny_model(**config) -> PixelDecoderTransformer2DModel:
 
 def tiny_pipeline(**config) -> PixelDecoderPipeline:
     encoder = TinyLatentEncoder(channels=8, num_blocks=(0, 0, 0, 1)).eval()
-    pipeline = PixelDecoderPipeline(tiny_model(**(config or TINY_NANO)), FlowMatchLCMScheduler(shift=1.0), encoder=encoder)
+    pipeline = PixelDecoderPipeline(
+        tiny_model(**(config or TINY_NANO)), FlowMatchLCMScheduler(shift=1.0), encoder=encoder
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

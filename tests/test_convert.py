@@ -13,6 +13,7 @@ from pixeldecoder.convert import (
     convert_reference_state_dict,
     export_reference_state_dict,
     infer_config,
+    load_folder,
     save_reference_checkpoint,
 )
 from pixeldecoder.presets import PRESETS
@@ -54,8 +55,7 @@ def test_round_trip_is_bit_for_bit(case, tmp_path):
     assert model.dtype == torch.bfloat16
     assert dict(model.config).items() >= config_from_reference(golden.kwargs).items()
     model.save_pretrained(tmp_path / "diffusers")
-    model = PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "diffusers", torch_dtype=torch.bfloat16)
-    assert_same(export_reference_state_dict(model.state_dict()), state)
+    assert_same(export_reference_state_dict(load_folder(tmp_path / "diffusers").state_dict()), state)
 
 
 @pytest.mark.parametrize("prefix", ["", "core.", "net.", "model.diffusion_model."])
@@ -131,9 +131,18 @@ class Code:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p, s: torch.save({k: v for k, v in s.items() if k != "final_layer.norm.weight"}, p), "1 missing: norm_out"),
-        (lambda p, s: torch.save(s | {"patch_blocks.0.attn.bias": torch.zeros(1)}, p), "1 unknown tensors: patch_blocks"),
-        (lambda p, s: torch.save(s | {"final_layer.norm.weight": torch.zeros(9)}, p), r"norm_out.weight \(9,\) for \(8,\)"),
+        (
+            lambda p, s: torch.save({k: v for k, v in s.items() if k != "final_layer.norm.weight"}, p),
+            "1 missing: norm_out",
+        ),
+        (
+            lambda p, s: torch.save(s | {"patch_blocks.0.attn.bias": torch.zeros(1)}, p),
+            "1 unknown tensors: patch_blocks",
+        ),
+        (
+            lambda p, s: torch.save(s | {"final_layer.norm.weight": torch.zeros(9)}, p),
+            r"norm_out.weight \(9,\) for \(8,\)",
+        ),
         (lambda p, s: torch.save({"unet.weight": torch.zeros(1)}, p), "not a PiD checkpoint"),
         (lambda p, s: torch.save([1, 2], p), "expected named tensors, got list"),
         (lambda p, s: p.write_bytes(b""), "truncated"),
@@ -143,7 +152,7 @@ class Code:
         (lambda p, s: p.write_text("<html>not found</html>"), "refused|not a readable"),
         (lambda p, s: None, "no such file"),
     ],
-    ids="missing unexpected shape foreign list empty code nested-code truncated html absent".split(),
+    ids=["missing", "extra", "shape", "foreign", "list", "empty", "code", "nested code", "truncated", "html", "absent"],
 )
 def test_bad_file(write, message, tmp_path):
     golden, path = Golden("v1_sdxl"), tmp_path / "model.pth"

@@ -216,10 +216,13 @@ def test_upscale(size):
 
 def test_upscale_adds_real_noise_of_its_own_generator(monkeypatch):
     pipeline, image = tiny_pipeline(), Image.effect_noise((32, 32), 50).convert("RGB")
-    seen = []
-    monkeypatch.setattr(
-        pipeline.transformer, "encode_latents", lambda z, *args: seen.append(z) or type(pipeline.transformer).encode_latents(pipeline.transformer, z, *args)
-    )  # fmt: skip
+    seen, encode_latents = [], pipeline.transformer.encode_latents
+
+    def spy(latents, *args):
+        seen.append(latents)
+        return encode_latents(latents, *args)
+
+    monkeypatch.setattr(pipeline.transformer, "encode_latents", spy)
     pipeline.upscale(image, sigma=0.4, generator=seeded(0), noise_generator=seeded(7))
     clean = pipeline.encode_image(image)
     torch.testing.assert_close(seen[0], 0.6 * clean + 0.4 * torch.randn(clean.shape, generator=seeded(7)))
@@ -274,7 +277,7 @@ def test_bad_text(kwargs, message):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match='no decoder "nanoo": expected "nano".*PiD_res2k_sr4x_official_flux'):
+    with pytest.raises(ValueError, match=r'no decoder "nanoo": expected "nano".*PiD_res2k_sr4x_official_flux'):
         PixelDecoderPipeline.from_pretrained("nanoo")
 
 

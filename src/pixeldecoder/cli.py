@@ -168,13 +168,12 @@ class Convert:
     unpack_latents: bool | None = None
 
     def run(self) -> None:
-        from pixeldecoder.convert import save_reference_checkpoint
+        from pixeldecoder.convert import load_folder, save_reference_checkpoint
         from pixeldecoder.pipeline import PixelDecoderPipeline
 
         if self.source.is_dir():
-            pipeline = PixelDecoderPipeline.from_pretrained(self.source)
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            save_reference_checkpoint(pipeline.transformer, self.output)
+            save_reference_checkpoint(load_folder(self.source), self.output)
         else:
             if self.output.suffix:
                 raise ValueError(f"{self.output}: a reference checkpoint becomes a folder: give a name without suffix")
@@ -270,14 +269,17 @@ def load_latents(path: Path) -> "torch.Tensor":
 
     if path.suffix == ".npy":
         try:
-            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+            found = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, OSError, EOFError, TypeError) as error:
             raise ValueError(f"{path}: not a readable array of numbers ({str(error).splitlines()[0]})") from None
-    found = read_tensors(path)
-    if isinstance(found, dict):
-        found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(found))
+    else:
+        found = read_tensors(path)
+        if isinstance(found, dict):
+            found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(found))
     if not isinstance(found, torch.Tensor):
         raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(found)[:200]}')
+    if found.ndim not in (3, 4):
+        raise ValueError(f"{path}: expected latents (C, h, w) or (B, C, h, w), got {tuple(found.shape)}")
     return found.float()
 
 

@@ -297,6 +297,29 @@ def load_reference_model(
     return model.eval() if torch_dtype is None else model.eval().to(torch_dtype)
 
 
+def load_folder(path: str | Path) -> PixelDecoderTransformer2DModel:
+    """The network in a diffusers folder, of a pipeline or its own, each tensor in the dtype it is stored in.
+
+    (`from_pretrained` casts to one dtype, which would not give back what was converted.)
+
+    Raises:
+        ValueError: the folder holds no such network.
+    """
+    path = Path(path)
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards or not (path / "config.json").is_file():
+        raise ValueError(f"{path}: expected a diffusers folder with config.json and .safetensors files")
+    with torch.device("meta"):
+        model = PixelDecoderTransformer2DModel.from_config(PixelDecoderTransformer2DModel.load_config(path))
+    state = {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return model.eval()
+
+
 def save_reference_checkpoint(model: PixelDecoderTransformer2DModel, path: str | Path) -> None:
     """Write the reference's format, `.pth` or `.safetensors`, under the released files' prefix `net.`.
 

@@ -1,0 +1,203 @@
+"""The command on real files, good and bad."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, Golden, tiny_model, tiny_pipeline
+from diffusers import FlowMatchLCMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.cli import main
+
+LATENTS = torch.randn(16, 2, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(decoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(command, *args):
+        return main([command, *args, "--decoder", decoder, "--device", "cpu"])
+
+    return run
+
+
+def pixels(path):
+    return np.array(Image.open(path))
+
+
+def test_decode_every_kind_of_file(run, tmp_path):
+    save_file({"latents": LATENTS}, "a.safetensors")
+    torch.save(LATENTS[None], "b.pt")
+    np.save("c.npy", LATENTS.numpy())
+    for source, target in ("a.safetensors", "a.png"), ("b.pt", "b.png"), ("c.npy", "deep/c.png"):
+        assert run("decode", source, target) == 0
+    assert pixels("a.png").shape == (64, 96, 3)
+    assert (pixels("a.png") == pixels("b.png")).all() and (pixels("a.png") == pixels("deep/c.png")).all()
+    assert run("decode", "a.safetensors", "a.webp", "--seed", "1") == 0
+    assert run("decode", "a.safetensors", "noisy.jpg", "--sigma", "0.5", "--steps", "2") == 0
+    assert Image.open("noisy.jpg").format == "JPEG"
+    assert not [name for name in os.listdir() if name.startswith(".")]
+
+
+def test_decode_folder_and_batch(run):
+    os.mkdir("in")
+    torch.save(torch.stack([LATENTS, -LATENTS]), "in/two.pt")
+    np.save("in/one.npy", LATENTS.numpy())
+    assert run("decode", "in", "out", "--format", "webp") == 0
+    assert sorted(os.listdir("out")) == ["one.webp", "two_000.webp", "two_001.webp"]
+    assert run("decode", "in/two.pt", "png") == 0
+    assert run("decode", "in/one.npy", "alone.png") == 0
+    # A seed gives one image, wherever the latents stand.
+    assert np.abs(pixels("png/two_000.png").astype(int) - pixels("alone.png")).max() <= 1
+    assert run("decode", "in/two.pt", "two.png") == 2
+
+
+def test_upscale_file_and_folder(run):
+    os.mkdir("in")
+    for name in "a.jpg", "b.png":
+        Image.effect_noise((40, 24), 60).convert("RGB").save(f"in/{name}")
+    assert run("upscale", "in", "out", "--sigma", "0.2") == 0
+    assert sorted(os.listdir("out")) == ["a.png", "b.png"]
+    assert Image.open("out/a.png").size == (160, 96)
+    assert run("upscale", "in/a.jpg", "again.png", "--sigma", "0.2") == 0
+    assert (pixels("again.png") == pixels("out/a.png")).all()
+
+
+def test_convert_there_and_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    golden = Golden("v15_flux")
+    state = {f"net.{name}": tensor.bfloat16() for name, tensor in golden.state.items()}
+    torch.save(state, "model.pth")
+    preset = ["--preset", "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step"]
+    assert main(["convert", "model.pth", "folder", *preset]) == 0
+    assert PixelDecoderPipeline.from_pretrained("folder").transformer.config.rope_reference_size == 2048
+    for target, read in ("back.pth", torch.load), ("back.safetensors", load_file):
+        assert main(["convert", "folder", target]) == 0
+        back = read(target)
+        assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    assert main(["convert", "model.pth", "folder", *preset]) == 2  # it exists
+    assert main(["convert", "model.pth", "other"]) == 2  # of no released width
+    assert sorted(os.listdir()) == ["back.pth", "back.safetensors", "folder", "model.pth"]
+
+
+def make_bad(kind):
+    if kind == "nan.pt":
+        torch.save(LATENTS * float("nan"), kind)
+    elif kind == "channels.pt":
+        torch.save(LATENTS[:4], kind)
+    elif kind == "flat.npy":
+        np.save(kind, np.zeros(5))
+    elif kind == "objects.npy":
+        np.save(kind, np.array([{}], dtype=object), allow_pickle=True)
+    elif kind == "many.safetensors":
+        save_file({"a": LATENTS, "b": -LATENTS}, kind)
+    elif kind == "truncated.safetensors":
+        save_file({"latents": LATENTS}, "whole.safetensors")
+        with open("whole.safetensors", "rb") as file, open(kind, "wb") as cut:
+            cut.write(file.read()[:-50])
+        os.remove("whole.safetensors")
+    elif kind == "huge.pt":
+        torch.save(torch.zeros(1).expand(16, 200, 200), kind)
+    elif kind == "good.pt":
+        torch.save(LATENTS, kind)
+    elif kind == "empty":
+        os.mkdir(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("nan.pt", [], "nan.pt: expected finite latents, 96 of 96"),
+        ("channels.pt", [], "channels.pt: expected latents of shape (B, 16, h, w), got (1, 4, 2, 3)"),
+        ("flat.npy", [], "got (5,)"),
+        ("objects.npy", [], "not a readable array"),
+        ("many.safetensors", [], "expected one tensor, or one called"),
+        ("truncated.safetensors", [], "not a readable file"),
+        ("huge.pt", [], "6400 x 6400 pixels: expected at most"),
+        ("empty", [], "found none"),
+        ("absent.pt", [], "no such file"),
+        ("good.pt", ["--sigma", "1.5"], "--sigma 1.5: expected a noise level in [0, 1]"),
+        ("good.pt", ["--steps", "9"], "1 to 4 steps, got 9"),
+    ],
+)
+def test_bad_latents(run, capsys, kind, options, message):
+    make_bad(kind)
+    before = sorted(os.listdir())
+    assert run("decode", kind, "out.png", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert [line for line in error.splitlines() if line.startswith("pixeldecoder: ")] == error.splitlines()[-1:]
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((1, 1), "at least 16 x 16 pixels, got 1 x 1"), ((30000, 30000), "too large"), ((5000, 3000), "20000 x 12000")],
+)
+def test_bad_image_sizes(run, capsys, size, message):
+    Image.new("1", size).save("in.png")
+    assert run("upscale", "in.png", "out.png") == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir() == ["in.png"]
+
+
+def test_bad_images(run, capsys):
+    with open("text.png", "w") as file:
+        file.write("no picture")
+    assert run("upscale", "text.png", "out.png") == 2
+    assert "not a readable image" in capsys.readouterr().err
+    Image.effect_noise((64, 64), 60).save("whole.png")
+    with open("whole.png", "rb") as file, open("cut.png", "wb") as cut:
+        cut.write(file.read()[:900])
+    assert run("upscale", "cut.png", "out.png") == 2
+    assert "cut.png: not a readable image" in capsys.readouterr().err
+    assert run("upscale", "whole.png", "out.gif") == 2
+    assert "expected an image ending in" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["cut.png", "text.png", "whole.png"]
+
+
+def test_bad_decoder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(LATENTS, "good.pt")
+    (tmp_path / "page.pth").write_text("<html>")
+    (tmp_path / "empty").mkdir()
+    for name, message in ("nanoo", 'no decoder "nanoo"'), ("page.pth", "page.pth"), ("empty", "empty"):
+        assert main(["decode", "good.pt", "out.png", "--decoder", name]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+    if not torch.cuda.is_available():
+        assert main(["decode", "good.pt", "out.png", "--device", "cuda"]) == 2
+        assert "this machine has none; available: cpu" in capsys.readouterr().err
+
+
+def test_decoder_that_reads_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(LATENTS, "good.pt")
+    PixelDecoderPipeline(tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0)).save_pretrained("text")
+    assert main(["decode", "good.pt", "out.png", "--decoder", "text"]) == 2
+    assert "this decoder reads text" in capsys.readouterr().err
+
+
+def test_the_installed_command():
+    result = subprocess.run([sys.executable, "-m", "pixeldecoder", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and all(
+        command in result.stdout for command in ("demo", "decode", "upscale", "convert")
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "pixeldecoder", "decode", "--nonsense"], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
