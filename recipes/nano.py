@@ -2,10 +2,10 @@
 
     python recipes/nano.py encoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 13 --learning-rate 2e-3
     python recipes/nano.py decoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 60 --learning-rate 8e-4
-    python recipes/nano.py samples --data EVAL --taef1 taef1_encoder.safetensors
+    python recipes/nano.py bundle  --data EVAL --taef1 taef1_encoder.safetensors
     python recipes/nano.py evaluate --data EVAL --taef1 taef1_encoder.safetensors
 
-Each writes a diffusers folder under `--out`; the decoder's goes on from its own checkpoint there.
+Each writes its part under `--out`.
 """
 
 import json
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, FlowMatchLCMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -30,20 +30,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pixeldecoder.demo import psnr, to_tensor
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.pipeline import NANO as NANO_FOLDER
+from pixeldecoder.pipeline import STUDENT_TIMES, PixelDecoderPipeline
 
 
 @dataclass
 class Config:
     """One training run."""
 
-    stage: tyro.conf.Positional[Literal["encoder", "decoder", "samples", "evaluate"]]
+    stage: tyro.conf.Positional[Literal["encoder", "decoder", "bundle", "evaluate"]]
     data: Path
     """Folder of photos: to train on, or to evaluate on."""
     taef1: Path
     """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors."""
     minutes: float = 60.0
     """Wall time of training, loading excluded."""
+    adapter_minutes: float = 8.0
+    """Before that, of the decoder's adapter alone."""
     out: Path = Path("outputs/nano")
     seed: int = 0
     batch_size: int = 16
@@ -136,8 +139,8 @@ def train_encoder(config: Config) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
     start, step, log = time.time(), 0, []
     while (progress := (time.time() - start) / (60 * config.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        warm_up = min(1, (step + 1) / 100)
+        set_learning_rate(optimizer, config.learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * progress)))
         image, target = [], []
         for pair, top, left in draw(pairs, 8, config.batch_size, rng):
             image.append(pair.small[:, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64])
@@ -145,10 +148,7 @@ def train_encoder(config: Config) -> None:
         image, target = (torch.stack(x).to(config.device).float() for x in (image, target))
         # The outermost cells of a crop depend on what was cut away: they say nothing.
         error = (model(image.contiguous(memory_format=torch.channels_last)) - target)[..., 1:-1, 1:-1].square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        error.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update(error, model, optimizer)
         log.append((error.item() / target.square().mean().item()) ** 0.5)
         step += 1
         if step % 100 == 0:
@@ -185,111 +185,102 @@ NANO = dict(
 )
 SIZES = {192: 7, 256: 4, 384: 2, 512: 1}
 """Crop side in pixels: crops to a batch. Rotary angles change with the size, so that it must be varied."""
-STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342)
+TIME_SHIFT = 6 * (1024 / 2048) ** 0.5
 
 
-def aux_rgb_loss(prediction: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Charbonnier on luma and two chroma channels in [0, 1], weights .25, 1, 1, samples by (1 - sigma)."""
-
-    def luma_chroma(image: torch.Tensor) -> torch.Tensor:  # BT.601, full range
-        r, g, b = ((image + 1) / 2).unbind(1)
-        y = 0.299 * r + 0.587 * g + 0.114 * b
-        return torch.stack([y, 0.564 * (b - y) + 0.5, 0.713 * (r - y) + 0.5], dim=1)
-
-    difference = luma_chroma(prediction) - luma_chroma(target)
-    weights = torch.tensor([0.25, 1.0, 1.0], device=difference.device)[:, None, None]
-    per_sample = (weights * (difference.square() + 1e-6).sqrt()).mean(dim=(1, 2, 3))
-    return ((1 - sigma) * per_sample).mean()
-
-
-def decoder_batch(pairs: list[Pair], config: Config, rng: random.Random) -> dict[str, torch.Tensor]:
-    """Images, small images, latents noised to sigma, times and noise of one step."""
-    size = rng.choice(list(SIZES))
-    images, small, latents = [], [], []
-    for pair, top, left in draw(pairs, size // 32, SIZES[size], rng):
-        images.append(pair.photo[:, 32 * top : 32 * top + size, 32 * left : 32 * left + size])
-        small.append(pair.small[:, 8 * top : 8 * top + size // 4, 8 * left : 8 * left + size // 4])
-        latents.append(pair.latents[:, top : top + size // 32, left : left + size // 32])
-    images, small, latents = (torch.stack(x).to(config.device).float() for x in (images, small, latents))
-    images = images / 127.5 - 1
-    batch = len(images)
+def latent_batch(
+    pairs: list[Pair], size: int, batch: int, rng: random.Random, device: str
+) -> tuple[list[tuple[Pair, int, int]], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the crops are, their small images, their latents noised to sigma, and sigma."""
+    crops = draw(pairs, size // 32, batch, rng)
+    small = torch.stack([p.small[:, 8 * y : 8 * y + size // 4, 8 * x : 8 * x + size // 4] for p, y, x in crops])
+    latents = torch.stack([p.latents[:, y : y + size // 32, x : x + size // 32] for p, y, x in crops])
+    small, latents = small.to(device).float(), latents.to(device).float()
     # Noising (method: Training): with probability .75 sigma ~ U(0, .8), else clean.
-    sigma = torch.rand(batch, device=config.device) * 0.8 * (torch.rand(batch, device=config.device) < 0.75)
-    latents = torch.lerp(latents, torch.randn_like(latents), sigma[:, None, None, None])
-    # Half the times logit-normal and shifted, half those at which a 4-step sampler asks.
-    shift = 6 * (size / 2048) ** 0.5
-    t = torch.randn(batch, device=config.device).sigmoid()
-    t = shift * t / (1 + (shift - 1) * t)
-    steps = torch.tensor(rng.choices(STUDENT_TIMES, k=batch), device=config.device)
-    t = torch.where(torch.rand(batch, device=config.device) < 0.5, steps, t)
-    return dict(image=images, small=small, latents=latents, sigma=sigma, t=t, noise=torch.randn_like(images))
+    sigma = torch.rand(batch, device=device) * 0.8 * (torch.rand(batch, device=device) < 0.75)
+    return crops, small, torch.lerp(latents, torch.randn_like(latents), sigma[:, None, None, None]), sigma
+
+
+def rgb_loss(prediction: torch.Tensor, small: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Plain squared error, samples by (1 - sigma): as the base of the output the prediction must be a mean image."""
+    return ((1 - sigma) * (prediction - small).square().mean(dim=(1, 2, 3))).mean()
 
 
 def train_decoder(config: Config) -> None:
-    """Flow matching of a clean-image network: velocity MSE + .8 auxiliary RGB; exported: the moving average."""
+    """First the adapter learns to predict the small image, then everything by flow matching; exported: the average."""
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     pairs = load_pairs(config)
     model = PixelDecoderTransformer2DModel(**NANO).to(config.device)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
+
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    begun, step, log = time.time(), 0, []
+    while (progress := (time.time() - begun) / (60 * config.adapter_minutes)) < 1:
+        set_learning_rate(optimizer, 2e-3 * min(1, (step + 1) / 50) * (1 - 0.8 * progress))
+        _, small, latents, sigma = latent_batch(pairs, 256, 8, rng, config.device)
+        loss = rgb_loss(model.encode_latents(latents, 256, 256).aux_rgb, small, sigma)
+        update(loss, model, optimizer)
+        step += 1
+        log.append(loss.item())
+        if step % 100 == 0:
+            print(f"{(time.time() - begun) / 60:6.1f} min  step {step}  rgb {np.mean(log[-100:]):.5f}", flush=True)
+
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
     if config.compile:
         model.compile_repeated_blocks(dynamic=False)
-    checkpoint = config.out / "decoder.pt"
-    step, spent, log = 0, 0.0, []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["seconds"]
-        torch.manual_seed(config.seed + step)
-        rng.seed(config.seed + step)
-    begun, last, saved = time.time() - spent, time.time(), time.time()
+    begun, step, log, errors = time.time(), 0, [], {t: [] for t in STUDENT_TIMES[:-1]}
     while (progress := (time.time() - begun) / (60 * config.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        batch = decoder_batch(pairs, config, rng)
-        t = batch["t"][:, None, None, None]
-        noisy = (1 - t) * batch["image"] + t * batch["noise"]
-        height, width = noisy.shape[-2:]
-        features = model.encode_latents(batch["latents"], height, width)
-        velocity = model(noisy, 1000 * batch["t"], latent_features=features, sigma=batch["sigma"]).sample
-        velocity_loss = F.mse_loss(velocity, batch["noise"] - batch["image"])
-        rgb_loss = aux_rgb_loss(features.aux_rgb, batch["small"], batch["sigma"])
-        optimizer.zero_grad(set_to_none=True)
-        (velocity_loss + 0.8 * rgb_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        warm_up = min(1, (step + 1) / 100)
+        set_learning_rate(optimizer, config.learning_rate * warm_up * (0.52 + 0.48 * math.cos(math.pi * progress)))
+        size = rng.choice(list(SIZES))
+        crops, small, latents, sigma = latent_batch(pairs, size, SIZES[size], rng, config.device)
+        image = torch.stack([p.photo[:, 32 * y : 32 * y + size, 32 * x : 32 * x + size] for p, y, x in crops])
+        image = image.to(config.device).float() / 127.5 - 1
+        # Half the times logit-normal, shifted as for the 1024 px pictures that crops stand for; half the sampler's.
+        t = torch.randn(len(image), device=config.device).sigmoid()
+        t = TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
+        steps = torch.tensor(rng.choices(STUDENT_TIMES[:-1], k=len(image)), device=config.device)
+        is_step = torch.rand(len(image), device=config.device) < 0.5
+        t = torch.where(is_step, steps, t)
+        noise = torch.randn_like(image)
+        noisy = torch.lerp(image, noise, t[:, None, None, None])
+        features = model.encode_latents(latents, size, size)
+        # The base learns from its own loss alone: it shall be the mean image whatever the rest makes of it.
+        detached = features._replace(aux_rgb=features.aux_rgb.detach())
+        velocity = model(noisy, 1000 * t, latent_features=detached, sigma=sigma).sample
+        per_image = (velocity - (noise - image)).square().mean(dim=(1, 2, 3))
+        losses = per_image.mean(), rgb_loss(features.aux_rgb, small, sigma)
+        update(losses[0] + 4 * losses[1], model, optimizer)
         average.update_parameters(model)
         step += 1
-        log.append((velocity_loss.item(), rgb_loss.item()))
+        log.append([loss.item() for loss in losses])
+        for time_step, error in zip(t[is_step].tolist(), per_image[is_step].tolist(), strict=True):
+            errors[min(errors, key=lambda known: abs(known - time_step))].append(error * time_step**2)
         if step % 50 == 0:
-            losses = np.mean(log[-50:], axis=0)
-            minutes, rate = (time.time() - begun) / 60, 50 / (time.time() - last)
-            last = time.time()
+            velocity_loss, base_loss = np.mean(log[-50:], axis=0)
+            quality = "  ".join(f"{10 * math.log10(4 / np.mean(e[-100:])):.2f}" for e in errors.values() if e)
             print(
-                f"{minutes:6.1f} min  step {step}  {rate:.2f} steps/s  velocity {losses[0]:.4f}  rgb {losses[1]:.4f}",
+                f"{(time.time() - begun) / 60:6.1f} min  step {step}  velocity {velocity_loss:.4f}  rgb {base_loss:.5f}"
+                f"  PSNR at the sampler's times {quality}",
                 flush=True,
             )
-        if time.time() - saved > 240:
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "seconds": time.time() - begun,
-                },
-                checkpoint.with_suffix(".tmp"),
-            )
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-            saved = time.time()
     average.module.to(torch.bfloat16).save_pretrained(config.out / "transformer", max_shard_size="14MB")
-    (config.out / "transformer" / "training.json").write_text(
-        json.dumps({"steps": step, "final": list(np.mean(log[-200:], axis=0)), "config": vars(config)}, default=str)
-    )
+    record = {"steps": step, "final": np.mean(log[-200:], axis=0).tolist(), "config": vars(config)}
+    (config.out / "transformer" / "training.json").write_text(json.dumps(record, default=str, indent=1))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def update(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
 
 
 SAMPLES = {"budgie": "13_budgie-branch.jpg", "face": "kodim15.png", "sign": "10_kait-herzog-8242.jpg"}
@@ -297,17 +288,19 @@ CROPS = {"budgie": (352, 32), "face": (168, 0), "sign": (60, 120)}
 """Left and top of the 512 px crop of each bundled sample."""
 
 
-def make_samples(config: Config) -> None:
-    """A few photos that may be passed on, with their latents: what `pixeldecoder demo` shows."""
-    encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").eval()
-    folder = config.out / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
+def bundle(config: Config) -> None:
+    """The pipeline's folder as it ships, with a few photos that may be passed on and their latents for the demo."""
+    encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
+    transformer = PixelDecoderTransformer2DModel.from_pretrained(config.out / "transformer", torch_dtype=torch.bfloat16)
+    pipeline = PixelDecoderPipeline(transformer, FlowMatchLCMScheduler(shift=1.0), encoder=encoder)
+    pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
+    folder = NANO_FOLDER / "samples"
+    folder.mkdir(exist_ok=True)
     for name, file in SAMPLES.items():
         left, top = CROPS[name]
         photo = Image.open(config.data / file).convert("RGB").crop((left, top, left + 512, top + 512))
         photo.save(folder / f"{name}.webp", quality=95)
-        with torch.no_grad():
-            latents = encoder(downscale(to_tensor(Image.open(folder / f"{name}.webp")), 4))
+        latents = pipeline.encode_image(downscale(to_tensor(Image.open(folder / f"{name}.webp")), 4))
         save_file({"latents": latents.contiguous()}, folder / f"{name}.safetensors")
 
 
@@ -363,5 +356,5 @@ def border_ratio(image: torch.Tensor, patch: int = 16) -> float:
 
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
-    stages = {"encoder": train_encoder, "decoder": train_decoder, "samples": make_samples, "evaluate": evaluate}
+    stages = {"encoder": train_encoder, "decoder": train_decoder, "bundle": bundle, "evaluate": evaluate}
     stages[config.stage](config)

@@ -1,0 +1,71 @@
+"""The bundled decoder, encoder, samples and demo."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.cli import main
+from pixeldecoder.demo import psnr, to_tensor
+from pixeldecoder.pipeline import NANO
+
+SAMPLES = sorted((NANO / "samples").glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def nano():
+    pipeline = PixelDecoderPipeline.from_pretrained("nano")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def decode(nano, latents, sigma=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return nano(latents, sigma=sigma, generator=generator, output_type="pt").images * 2 - 1
+
+
+def original(path):
+    return to_tensor(Image.open(path.with_suffix(".webp")))
+
+
+def test_size(nano):
+    assert sum(p.numel() for p in nano.transformer.parameters()) <= 16e6
+    assert sum(p.numel() for p in nano.encoder.parameters()) <= 1.5e6
+    files = list((NANO / "transformer").glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) <= 32e6
+    assert max(file.stat().st_size for file in files) <= 15e6
+    assert nano.transformer.config.text_embed_dim is None and nano.transformer.config.scale == 4
+
+
+def test_quality_on_samples(nano):
+    values = [psnr(decode(nano, load_file(path)["latents"]), original(path)) for path in SAMPLES]
+    assert len(values) == 3 and np.mean(values) > 19
+
+
+def test_the_gate_helps_where_latents_are_noisy(nano):
+    told, untold = [], []
+    for path in SAMPLES:
+        latents = load_file(path)["latents"]
+        noisy = 0.4 * latents + 0.6 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+        told.append(psnr(decode(nano, noisy, sigma=0.6), original(path)))
+        untold.append(psnr(decode(nano, noisy, sigma=0.0), original(path)))
+    assert np.mean(told) > np.mean(untold)
+
+
+def test_encoder_gives_the_samples_latents(nano):
+    for path in SAMPLES:
+        small = F.interpolate(original(path), scale_factor=0.25, mode="bicubic", antialias=True).clamp(-1, 1)
+        latents, expected = nano.encode_image(small), load_file(path)["latents"]
+        assert latents.shape == (1, 16, 16, 16)
+        # The samples were made in bfloat16.
+        assert (latents - expected).square().mean().sqrt() < 0.02 * expected.std()
+
+
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path), "--steps", "1", "--device", "cpu"]) == 0
+    assert Image.open(tmp_path / "comparison.png").size == (4 * 512, 3 * 512)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "PSNR" in line]
+    assert len(lines) == 9 and all(" dB " in line and line.endswith(" s") for line in lines)
