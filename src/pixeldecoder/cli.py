@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -19,6 +19,9 @@ MAX_PIXELS = 4096 * 4096
 """Largest output; beyond it memory would run out rather than an error appear."""
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 LATENT_SUFFIXES = (".safetensors", ".npy", ".pt")
+
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
 
 
 @dataclass(kw_only=True)
@@ -63,7 +66,17 @@ class Decoder:
 
 
 @dataclass(kw_only=True)
-class Decode(Decoder):
+class FilesToImages(Decoder):
+    source: Source
+    """A file, or a folder of them."""
+    output: Output
+    """An image (.png, .webp, .jpg); for several, a folder."""
+    format: Literal["png", "webp", "jpg"] = "png"
+    """Of the images in an output folder."""
+
+
+@dataclass(kw_only=True)
+class Decode(FilesToImages):
     """Latents to images.
 
     Latents are normalised (as the latent diffusion model denoises them), (C, h, w) or (B, C, h, w), in a
@@ -72,14 +85,8 @@ class Decode(Decoder):
     Example: pixeldecoder decode latents.safetensors image.png --sigma 0.1
     """
 
-    source: tyro.conf.Positional[Path]
-    """A file of latents, or a folder of them."""
-    output: tyro.conf.Positional[Path]
-    """An image (.png, .webp, .jpg); for a folder, or a batch of several images, a folder."""
     sigma: float = 0.0
     """Noise level in [0, 1] that the latents have: 0 if they are finished."""
-    format: Literal["png", "webp", "jpg"] = "png"
-    """Of the images in an output folder."""
 
     def run(self) -> None:
         check_output(self.source, self.output)
@@ -107,20 +114,14 @@ class Decode(Decoder):
 
 
 @dataclass(kw_only=True)
-class Upscale(Decoder):
+class Upscale(FilesToImages):
     """Images to larger images: encode, then decode 4 times larger.
 
     Example: pixeldecoder upscale photo.jpg large.png --sigma 0.2
     """
 
-    source: tyro.conf.Positional[Path]
-    """An image, or a folder of images."""
-    output: tyro.conf.Positional[Path]
-    """An image (.png, .webp, .jpg), or a folder."""
     sigma: float = 0.0
     """Noise in [0, 1] added to the latents. More gives an image that differs more and invents more."""
-    format: Literal["png", "webp", "jpg"] = "png"
-    """Of the images in an output folder."""
 
     def run(self) -> None:
         import torch
@@ -152,9 +153,9 @@ class Convert:
     Example: pixeldecoder convert model_ema_bf16.pth decoder --preset PiD_res2k_sr4x_official_flux_distill_4step
     """
 
-    source: tyro.conf.Positional[Path]
+    source: Source
     """A reference checkpoint or a diffusers folder."""
-    output: tyro.conf.Positional[Path]
+    output: Output
     """A new folder, or a .pth or .safetensors file."""
     preset: str | None = None
     """The released name of a checkpoint that is called otherwise."""
