@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Config:
     out: Path = Path("outputs/nano")
     seed: int = 0
     batch_size: int = 16
-    """Crops to a step of the encoder's training; the decoder's are in SIZES."""
+    """Crops to a step of the encoder's training and of the adapter's alone; the whole decoder's are in SIZES."""
     compile: bool = True
     """Compile the decoder's blocks."""
     learning_rate: float = 1e-3
@@ -96,6 +97,8 @@ class Pair:
     """(3, H/4, W/4) float16 in [-1, 1]."""
     latents: torch.Tensor
     """(16, H/32, W/32) float16, TAEF1's, of the whole picture: a crop of them has seen what lies around it."""
+    own: torch.Tensor
+    """The bundled encoder's, likewise: what `upscale` decodes."""
 
 
 @torch.no_grad()
@@ -105,13 +108,17 @@ def load_pairs(config: Config) -> list[Pair]:
     cache = config.out / f"latents_{len(photos)}.pt"
     known = torch.load(cache, weights_only=True) if cache.exists() else None
     taef1 = load_taef1_encoder(config.taef1, config.device).to(memory_format=torch.channels_last)
+    encoder = None
+    if config.stage == "decoder":
+        encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
     for index, photo in enumerate(photos):
         height, width = (side // 32 * 32 for side in photo.shape[1:])
         for mirror in (False, True):
             crop = photo[:, :height, :width].flip(-1) if mirror else photo[:, :height, :width]
             small = downscale(crop[None].to(config.device).float() / 127.5 - 1, 4)
             latents = known[2 * index + mirror] if known else taef1.encoder(small)[0].half().cpu()
-            pairs.append(Pair(crop.contiguous(), small[0].half().cpu(), latents))
+            own = encoder(small)[0].half().cpu() if encoder else latents
+            pairs.append(Pair(crop.contiguous(), small[0].half().cpu(), latents, own))
         if index % 100 == 0:
             print(f"latents of photo {index} of {len(photos)}", flush=True)
     if not known:
@@ -121,12 +128,13 @@ def load_pairs(config: Config) -> list[Pair]:
 
 
 def draw(pairs: list[Pair], cells: int, batch: int, rng: random.Random) -> list[tuple[Pair, int, int]]:
-    """Pairs with the top and left latent cell of a crop; by area, so that every region counts alike."""
+    """Pairs with the top and left latent cell of a crop, by area; edges of a photo are met as often as its inside."""
+
+    def place(length: int) -> int:
+        return min(max(rng.randint(-1, length - cells + 1), 0), length - cells)
+
     chosen = rng.choices(pairs, weights=[pair.latents[0].numel() for pair in pairs], k=batch)
-    return [
-        (pair, rng.randint(0, pair.latents.shape[1] - cells), rng.randint(0, pair.latents.shape[2] - cells))
-        for pair in chosen
-    ]
+    return [(pair, place(pair.latents.shape[1]), place(pair.latents.shape[2])) for pair in chosen]
 
 
 def train_encoder(config: Config) -> None:
@@ -134,20 +142,28 @@ def train_encoder(config: Config) -> None:
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     pairs = load_pairs(config)
-    model = TinyLatentEncoder().to(config.device, memory_format=torch.channels_last)
+    known = (config.out / "encoder").exists()
+    model = TinyLatentEncoder.from_pretrained(config.out / "encoder") if known else TinyLatentEncoder()
+    model.to(config.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
     start, step, log = time.time(), 0, []
     while (progress := (time.time() - start) / (60 * config.minutes)) < 1:
         warm_up = min(1, (step + 1) / 100)
         set_learning_rate(optimizer, config.learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * progress)))
-        image, target = [], []
-        for pair, top, left in draw(pairs, 8, config.batch_size, rng):
+        image, target, mask = [], [], torch.ones(config.batch_size, 1, 8, 8)
+        for index, (pair, top, left) in enumerate(draw(pairs, 8, config.batch_size, rng)):
             image.append(pair.small[:, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64])
             target.append(pair.latents[:, top : top + 8, left : left + 8])
+            # The outermost cells of a crop depend on what was cut away, unless the photo itself ends there.
+            mask[index, :, 0] *= top == 0
+            mask[index, :, -1] *= top + 8 == pair.latents.shape[1]
+            mask[index, :, :, 0] *= left == 0
+            mask[index, :, :, -1] *= left + 8 == pair.latents.shape[2]
         image, target = (torch.stack(x).to(config.device).float() for x in (image, target))
-        # The outermost cells of a crop depend on what was cut away: they say nothing.
-        error = (model(image.contiguous(memory_format=torch.channels_last)) - target)[..., 1:-1, 1:-1].square().mean()
+        mask = mask.to(config.device)
+        difference = model(image.contiguous(memory_format=torch.channels_last)) - target
+        error = (mask * difference.square()).sum() / (mask.sum() * target.shape[1])
         update(error, model, optimizer)
         log.append((error.item() / target.square().mean().item()) ** 0.5)
         step += 1
@@ -161,19 +177,20 @@ def train_encoder(config: Config) -> None:
 
 
 NANO = dict(
-    patch_size=16,
-    num_layers=4,
-    num_attention_heads=4,
+    patch_size=8,
+    num_layers=2,
+    num_attention_heads=3,
     attention_head_dim=64,
     num_pixel_layers=1,
     pixel_dim=16,
     num_pixel_attention_heads=2,
-    pixel_attention_head_dim=64,
+    pixel_attention_head_dim=32,
     text_embed_dim=None,
     latent_channels=16,
     latent_downscale_factor=8,
     scale=4,
-    adapter_dim=160,
+    adapter_dim=96,
+    num_adapter_layers=6,
     adapter_padding_mode="replicate",
     injection_interval=1,
     per_channel_gate=False,
@@ -184,8 +201,8 @@ NANO = dict(
     rope_reference_size=512,
 )
 SIZES = {192: (0.5, 2), 256: (0.3, 1), 384: (0.15, 1), 512: (0.05, 1)}
-"""Crop side in pixels: its share of the steps, and crops to a batch. Rotary angles change with the size, so that it must
-be varied; many small steps get further in little time than few large ones."""
+"""Crop side in pixels: its share of the steps, and crops to a batch. Rotary angles change with the size, so that it
+must be varied; many small steps get further in little time than few large ones."""
 TIME_SHIFT = 6 * (1024 / 2048) ** 0.5
 
 
@@ -195,7 +212,9 @@ def latent_batch(
     """Where the crops are, their small images, their latents noised to sigma, and sigma."""
     crops = draw(pairs, size // 32, batch, rng)
     small = torch.stack([p.small[:, 8 * y : 8 * y + size // 4, 8 * x : 8 * x + size // 4] for p, y, x in crops])
-    latents = torch.stack([p.latents[:, y : y + size // 32, x : x + size // 32] for p, y, x in crops])
+    latents = torch.stack(
+        [rng.choice((p.latents, p.own))[:, y : y + size // 32, x : x + size // 32] for p, y, x in crops]
+    )
     small, latents = small.to(device).float(), latents.to(device).float()
     # Noising (method: Training): with probability .75 sigma ~ U(0, .8), else clean.
     sigma = torch.rand(batch, device=device) * 0.8 * (torch.rand(batch, device=device) < 0.75)
@@ -203,8 +222,13 @@ def latent_batch(
 
 
 def rgb_loss(prediction: torch.Tensor, small: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Plain squared error, samples by (1 - sigma): as the base of the output the prediction must be a mean image."""
-    return ((1 - sigma) * (prediction - small).square().mean(dim=(1, 2, 3))).mean()
+    """Squared error of pixels and of neighbours' differences, samples by (1 - sigma).
+
+    As the base of the output the prediction must be a mean image; the differences are there for edges and seams.
+    """
+    error = prediction - small
+    terms = (error, error.diff(dim=-1), error.diff(dim=-2))
+    return ((1 - sigma) * torch.stack([term.square().mean(dim=(1, 2, 3)) for term in terms]).sum(dim=0)).mean()
 
 
 def train_decoder(config: Config) -> None:
@@ -212,14 +236,19 @@ def train_decoder(config: Config) -> None:
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     pairs = load_pairs(config)
-    model = PixelDecoderTransformer2DModel(**NANO).to(config.device)
+    known = (config.out / "transformer").exists()
+    model = PixelDecoderTransformer2DModel(**NANO)
+    if known:
+        model = PixelDecoderTransformer2DModel.from_pretrained(config.out / "transformer").float().train()
+    model.to(config.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
 
-    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    rate = config.learning_rate if known else 2e-3
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     begun, step, log = time.time(), 0, []
     while (progress := (time.time() - begun) / (60 * config.adapter_minutes)) < 1:
-        set_learning_rate(optimizer, 2e-3 * min(1, (step + 1) / 50) * (1 - 0.8 * progress))
-        _, small, latents, sigma = latent_batch(pairs, 256, 8, rng, config.device)
+        set_learning_rate(optimizer, rate * min(1, (step + 1) / 50) * (1 - 0.9 * progress))
+        _, small, latents, sigma = latent_batch(pairs, 256, config.batch_size, rng, config.device)
         loss = rgb_loss(model.encode_latents(latents, 256, 256).aux_rgb, small, sigma)
         update(loss, model, optimizer)
         step += 1
@@ -254,7 +283,7 @@ def train_decoder(config: Config) -> None:
         velocity = model(noisy, 1000 * t, latent_features=detached, sigma=sigma).sample
         per_image = (velocity - (noise - image)).square().mean(dim=(1, 2, 3))
         losses = per_image.mean(), rgb_loss(features.aux_rgb, small, sigma)
-        update(losses[0] + 4 * losses[1], model, optimizer)
+        update(losses[0] + 2 * losses[1], model, optimizer)
         average.update_parameters(model)
         step += 1
         log.append([loss.item() for loss in losses])
@@ -268,6 +297,7 @@ def train_decoder(config: Config) -> None:
                 f"  PSNR at the sampler's times {quality}",
                 flush=True,
             )
+    shutil.rmtree(config.out / "transformer", ignore_errors=True)
     average.module.to(torch.bfloat16).save_pretrained(config.out / "transformer", max_shard_size="14MB")
     record = {"steps": step, "final": np.mean(log[-200:], axis=0).tolist(), "config": vars(config)}
     (config.out / "transformer" / "training.json").write_text(json.dumps(record, default=str, indent=1))
@@ -308,7 +338,7 @@ def bundle(config: Config) -> None:
 
 @torch.no_grad()
 def evaluate(config: Config) -> None:
-    """PSNR of the bundled nano and of bicubic enlargement on whole eval photos and 512 px centre crops, sigma 0 and .4.
+    """PSNR on 512 px centre crops of nano's decodes, at sigma 0 and .4, and of bicubic enlargement.
 
     Also the bundled encoder's distance to TAEF1, and the gradient across patch borders over that elsewhere.
     """
@@ -319,36 +349,30 @@ def evaluate(config: Config) -> None:
     paths = sorted(p for p in config.data.iterdir() if p.suffix in {".webp", ".png", ".jpg", ".jpeg"})
     for path in paths:
         photo = to_tensor(Image.open(path))
-        height, width = photo.shape[-2:]
-        top, left = (height - 512) // 2, (width - 512) // 2
-        row = {}
-        for kind, truth in (
-            ("whole", photo[..., : height // 32 * 32, : width // 32 * 32]),
-            ("centre", photo[..., top : top + 512, left : left + 512]),
+        top, left = ((side - 512) // 2 for side in photo.shape[-2:])
+        truth = photo[..., top : top + 512, left : left + 512]
+        small = downscale(truth, 4)
+        row = {"bicubic": psnr(F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1), truth)}
+        latents, target = pipeline.encode_image(small), taef1.encoder(small.to(config.device))
+        row["encoder"] = ((latents - target).square().mean() / target.square().mean()).sqrt().item()
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(config.seed)).to(latents.device)
+        for name, z, sigma in (
+            ("nano", latents, 0.0),
+            ("nano, sigma .4", torch.lerp(latents, noise, 0.4), 0.4),
+            ("nano, TAEF1's latents", target, 0.0),
         ):
-            small = downscale(truth, 4)
-            row[f"{kind}_bicubic"] = psnr(F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1), truth)
-            latents = pipeline.encode_image(small)
             generator = torch.Generator().manual_seed(config.seed)
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            for sigma in (0.0, 0.4):
-                z = (1 - sigma) * latents + sigma * noise
-                begun = time.perf_counter()
-                image = pipeline(z, sigma=sigma, generator=torch.Generator().manual_seed(config.seed), output_type="pt")
-                image = image.images.cpu().float() * 2 - 1
-                row[f"{kind}_nano_{sigma}"] = psnr(image, truth)
-                if sigma == 0:
-                    row[f"{kind}_seconds"] = time.perf_counter() - begun
-                    row[f"{kind}_border"] = border_ratio(image)
-                    row[f"{kind}_border_truth"] = border_ratio(truth)
-            target = taef1.encoder(small.to(config.device))
-            row[f"{kind}_encoder"] = ((latents - target).square().mean() / target.square().mean()).sqrt().item()
+            image = pipeline(z, sigma=sigma, generator=generator, output_type="pt").images.cpu().float() * 2 - 1
+            row[name] = psnr(image, truth)
+            if name == "nano":
+                row |= {"border": border_ratio(image), "border of the original": border_ratio(truth)}
         rows.append(row)
         print(path.name, {key: round(value, 3) for key, value in row.items()}, flush=True)
-    print("mean", json.dumps({key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}, indent=1))
+    mean = {key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}
+    print(f"mean of {len(rows)}", json.dumps(mean, indent=1))
 
 
-def border_ratio(image: torch.Tensor, patch: int = 16) -> float:
+def border_ratio(image: torch.Tensor, patch: int = NANO["patch_size"]) -> float:
     """Mean absolute difference of neighbours across patch borders, over that of all other neighbours."""
     gradients = [image.diff(dim=-1).abs().mean(dim=(0, 1, 2)), image.diff(dim=-2).abs().mean(dim=(0, 1, 3))]
     across = torch.cat([gradient[patch - 1 :: patch] for gradient in gradients]).mean()

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Golden, tiny_model, tiny_pipeline
 from diffusers import FlowMatchLCMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import TINY, Golden, tiny_model, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
 

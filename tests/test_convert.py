@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import CASES, Golden, manifests, tiny_model
 from safetensors.torch import save_file
 
+from conftest import CASES, Golden, manifests, tiny_model
 from pixeldecoder import PixelDecoderTransformer2DModel
 from pixeldecoder.convert import (
     config_from_reference,

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from conftest import GOLDEN, TINY, TINY_NANO, Golden, normal, relative, tiny_model, tiny_pipeline
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from conftest import GOLDEN, TINY, TINY_NANO, Golden, normal, relative, tiny_model, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.pipeline import student_times, teacher_scheduler
 

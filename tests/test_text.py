@@ -4,11 +4,11 @@ import hashlib
 
 import pytest
 import torch
-from conftest import TINY, tiny_model
 from diffusers import FlowMatchLCMScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
+from conftest import TINY, tiny_model
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.text import encode_prompts, instruction
 

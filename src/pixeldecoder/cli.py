@@ -1,5 +1,6 @@
 """Files in, files out: the `pixeldecoder` command."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -217,7 +218,66 @@ class Demo(Decoder):
         print(self.output / "comparison.png")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": Demo, "decode": Decode, "upscale": Upscale, "convert": Convert}
+@dataclass(kw_only=True)
+class Train:
+    """Train a prior or a teacher.
+
+    Settings come from the recipe, then from the YAML file, then from the command line;
+    `pixeldecoder train teacher --help` lists them.
+
+    Example: pixeldecoder train teacher --config my.yaml --data.source photos/ --steps 1000
+    """
+
+    stage: Annotated[Literal["prior", "teacher"], tyro.conf.Positional]
+    """What to train."""
+    recipe: str = "paper"
+    """"paper", or for a teacher "nano"."""
+    config: Path | None = None
+    """YAML file, such as the one beside every checkpoint."""
+
+
+@dataclass(kw_only=True)
+class Distill:
+    """Distil a teacher to 4 steps (DMD2).
+
+    Settings come from the recipe, then from the YAML file, then from the command line; `pixeldecoder distill --help`
+    lists them.
+
+    Example: pixeldecoder distill --model teacher/ --encoder nano --data.source photos/
+    """
+
+    recipe: str = "paper"
+    """"paper" or "nano"."""
+    config: Path | None = None
+    """YAML file, such as the one beside every checkpoint."""
+
+
+def run_training(stage: str, args: list[str]) -> None:
+    """`args` without the command and the stage."""
+    from pixeldecoder.training.config import RECIPES, read_yaml
+    from pixeldecoder.training.loop import train
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="paper")
+    first.add_argument("--config", type=Path)
+    found, rest = first.parse_known_args(args)
+    if found.recipe not in RECIPES[stage]:
+        raise ValueError(f"--recipe {found.recipe}: expected {' or '.join(RECIPES[stage])}")
+    default = RECIPES[stage][found.recipe]()
+    if found.config is not None:
+        default = read_yaml(found.config, default)
+    command = "distill" if stage == "student" else f"train {stage}"
+    print(train(tyro.cli(type(default), args=rest, default=default, prog=f"pixeldecoder {command}")))
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": Demo,
+    "decode": Decode,
+    "upscale": Upscale,
+    "convert": Convert,
+    "train": Train,
+    "distill": Distill,
+}
 
 
 def pairs(source: Path, output: Path, suffixes: tuple[str, ...], format: str) -> Iterator[tuple[Path, Path]]:
@@ -325,9 +385,15 @@ class Naming:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; 0, or 2 after one line on bad input."""
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, description=__doc__)
+    args = sys.argv[1:] if args is None else args
     try:
-        command.run()
+        # Their settings depend on a recipe and a file that must be read first.
+        if args[:1] == ["distill"]:
+            run_training("student", args[1:])
+        elif args[:1] == ["train"] and args[1:2] in (["prior"], ["teacher"]):
+            run_training(args[1], args[2:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, description=__doc__).run()
     except (ValueError, OSError) as error:
         print(f"pixeldecoder: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -133,7 +133,10 @@ def convert_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict
     converted = {name: _rename(name, _TO_OURS) for name in state}
     if unknown := [name for name, ours in converted.items() if ours is None]:
         raise ValueError(f"not a PiD checkpoint: {len(unknown)} unknown tensors: {_listing(unknown)}")
-    return {ours: state[name] for name, ours in converted.items() if ours is not None}
+    # The reference's only scalars have one dimension here.
+    return {
+        ours: state[name].reshape(state[name].shape or (1,)) for name, ours in converted.items() if ours is not None
+    }
 
 
 def export_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -141,7 +144,11 @@ def export_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[
     exported = {name: _rename(name, _TO_REFERENCE) for name in state_dict}
     if unknown := [name for name, reference in exported.items() if reference is None]:
         raise ValueError(f"the reference has no name for {len(unknown)} tensors: {_listing(unknown)}")
-    return {reference: state_dict[name] for name, reference in exported.items() if reference is not None}
+    return {
+        reference: state_dict[name].reshape(() if name.endswith("log_alpha") else state_dict[name].shape)
+        for name, reference in exported.items()
+        if reference is not None
+    }
 
 
 def infer_config(state_dict: Mapping[str, torch.Tensor], preset: Preset | None = None, **overrides) -> dict[str, Any]:

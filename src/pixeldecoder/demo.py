@@ -38,6 +38,11 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+def to_image(image: torch.Tensor) -> Image.Image:
+    """The first of (B, 3, H, W) in [-1, 1]."""
+    return Image.fromarray(((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], over all RGB values."""
     return (10 * torch.log10(4 / F.mse_loss(image, truth))).item()
@@ -49,8 +54,7 @@ def _grid(rows: list[list[tuple[str, torch.Tensor]]]) -> Image.Image:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
     for y, row in enumerate(rows):
         for x, (label, image) in enumerate(row):
-            pixels = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            sheet.paste(Image.fromarray(pixels), (x * width, y * height))
+            sheet.paste(to_image(image), (x * width, y * height))
             box = draw.textbbox((x * width + 8, y * height + 6), label, font=font)
             draw.rectangle((box[0] - 6, box[1] - 4, box[2] + 6, box[3] + 4), fill="black")
             draw.text((x * width + 8, y * height + 6), label, font=font, fill="white")

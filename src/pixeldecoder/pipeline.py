@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchLCMScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -25,11 +26,14 @@ from pixeldecoder.text import TEXT_ENCODER, encode_prompts
 logger = logging.get_logger(__name__)
 
 NANO = Path(__file__).parent / "weights" / "nano"
+_ONE = (type(None), str, torch.Generator)
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 
 
-class PixelDecoderPipeline(DiffusionPipeline):
+class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin knows only "transformer", as we need
     """Decodes latents with a pixel diffusion model (PiD, arXiv 2605.23902).
+
+    LoRA as elsewhere in diffusers: `load_lora_weights`, `set_adapters(name, strength)`, `fuse_lora`.
 
     Args:
         transformer: the network.
@@ -144,7 +148,7 @@ class PixelDecoderPipeline(DiffusionPipeline):
             num_inference_steps: 1 to 4 for a student; by default what the decoder was made for.
             guidance_scale: on text alone; 1 runs the network once a step.
             generator: of all noise, initial and in between; a list gives each image its own, and then the same image
-                as when it is decoded alone.
+                as when it is decoded alone, and makes as many images of a prior without text.
             prompt_embeds, negative_prompt_embeds: (B or 1, T, Dt), in place of prompts.
             sigmas: times in (0, 1], falling, in place of the student's own; the last step ends at 0.
             height, width: of a prior's image in pixels; with latents the size follows from theirs.
@@ -171,7 +175,8 @@ class PixelDecoderPipeline(DiffusionPipeline):
             raise ValueError(f"expected latents of shape (B, {config.latent_channels}, h, w), got none")
         else:
             height, width = self._check_size(height, width)
-            batch = len(prompt) if isinstance(prompt, list) else 1 if prompt_embeds is None else len(prompt_embeds)
+            several = next((given for given in (prompt_embeds, prompt, generator) if not isinstance(given, _ONE)), [0])
+            batch = len(several)
         sigma = self._check_sigma(sigma, batch, device)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")

@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 """The ungated copy of google/gemma-2-2b-it, whose last hidden state the released networks read."""
@@ -36,3 +36,21 @@ def encode_prompts(
     ).to(text_encoder.device)
     hidden = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return torch.cat([hidden[:, :1], hidden[:, 1 - MAX_TOKENS :]], dim=1)
+
+
+class PromptEncoder:
+    """A frozen text encoder by its name: captions in, embeddings out; the empty caption's are computed once.
+
+    Args:
+        name: folder or Hub id of Gemma-2 with its tokenizer.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.empty = encode_prompts([""], self.tokenizer, self.model)
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        """(B, 300, Dt)."""
+        return torch.cat([encode_prompts([p], self.tokenizer, self.model) if p else self.empty for p in prompts])

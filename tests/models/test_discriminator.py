@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, golden_parameter, normal, relative
 from safetensors.torch import load_file
 
+from conftest import GOLDEN, golden_parameter, normal, relative
 from pixeldecoder import PixelDecoderDiscriminator
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CASES, TINY, TINY_NANO, TINY_V15, Golden, manifests, relative, tiny_model
 
+from conftest import CASES, TINY, TINY_NANO, TINY_V15, Golden, manifests, relative, tiny_model
 from pixeldecoder import PixelDecoderTransformer2DModel
 from pixeldecoder.convert import config_from_reference, export_reference_state_dict
 

@@ -111,7 +111,7 @@ class SigmaGate(nn.Module):
     def __init__(self, dim: int, gate_dim: int):
         super().__init__()
         self.proj = nn.Linear(2 * dim, gate_dim)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(5)))
+        self.log_alpha = nn.Parameter(torch.full((1,), math.log(5)))  # not a scalar, which FSDP2 refuses
 
     def forward(self, hidden_states: torch.Tensor, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """Tokens and latent features (B, L, D), sigma (B,) -> the gated features, to be added to the tokens."""

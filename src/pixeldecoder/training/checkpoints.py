@@ -1,0 +1,130 @@
+"""What a run needs to go on, written whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from pixeldecoder.training.config import Run, write_yaml
+from pixeldecoder.training.parts import Average, Part, TrainingError
+
+PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """Folders `step_00001000` in the run's folder: networks, optimizers, average, step and data position.
+
+    There is no other state: learning rates and random numbers follow from the step and the samples' numbers.
+    """
+
+    def __init__(self, config: Run, architecture: dict[str, Any]):
+        self.config = config
+        self.architecture = json.loads(json.dumps({k: v for k, v in architecture.items() if k[:1] != "_"}))
+        self.folder = config.output / "checkpoints"
+
+    def existing(self) -> list[Path]:
+        """Complete ones, oldest first."""
+        return sorted(path for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+
+    def save(self, parts: dict[str, Part], average: Average, step: int, position: int, seconds: float) -> Path:
+        """Write, rename, and delete the oldest.
+
+        Raises:
+            TrainingError: it could not be written, for example on a full disk; older ones are kept.
+        """
+        target = self.folder / f"step_{step:08}"
+        partial = target.with_suffix(PARTIAL)
+        try:
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            barrier()
+            dcp.save(self._state(parts, average), checkpoint_id=partial, no_dist=not dist.is_initialized())
+            if is_main():
+                write_yaml(self.config, partial / "config.yaml")
+                progress = {"step": step, "position": position, "seconds": seconds, "architecture": self.architecture}
+                (partial / "progress.json").write_text(json.dumps(progress, indent=1))
+                for file in partial.rglob("*"):
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+                for old in self.existing()[: -self.config.keep_checkpoints]:
+                    shutil.rmtree(old)
+            barrier()
+        except (Exception, CheckpointException) as error:  # DCP wraps what went wrong in a class that is no Exception
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise TrainingError(f"could not write {target}: {_reason(error)}") from error
+        return target
+
+    def load(self, parts: dict[str, Part], average: Average) -> dict[str, Any]:
+        """The newest one into `parts` and `average`; its step, data position and seconds, zeros if there is none.
+
+        Raises:
+            TrainingError: it is of another architecture.
+        """
+        if not (existing := self.existing()):
+            return {"step": 0, "position": 0, "seconds": 0.0}
+        progress = json.loads((existing[-1] / "progress.json").read_text())
+        if progress["architecture"] != self.architecture:
+            names = [k for k in self.architecture if self.architecture[k] != progress["architecture"].get(k)]
+            raise TrainingError(
+                f"{existing[-1]} is of another architecture (other {', '.join(names)}): give another output folder, "
+                "or the model that it was made with"
+            )
+        state = self._state(parts, average)
+        try:
+            dcp.load(state, checkpoint_id=existing[-1], no_dist=not dist.is_initialized())
+        except (Exception, CheckpointException) as error:
+            raise TrainingError(
+                f"{existing[-1]} does not fit this run ({_reason(error)}): another stage, LoRA or "
+                "trained part? Give another output folder"
+            ) from error
+        for name, part in parts.items():
+            set_state_dict(
+                part.module,
+                part.optimizer,
+                model_state_dict=state[name],
+                optim_state_dict=state[f"{name}.optimizer"],
+            )
+        return progress
+
+    def _state(self, parts: dict[str, Part], average: Average) -> dict[str, Any]:
+        state: dict[str, Any] = {"average": average.values}  # loaded in place
+        for name, part in parts.items():
+            state[name], state[f"{name}.optimizer"] = get_state_dict(part.module, part.optimizer)
+        return state
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong, in the first process where it did."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def full_state(module: nn.Module) -> dict[str, Any]:
+    """Whole tensors on the CPU, on the main process; all processes must call it."""
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

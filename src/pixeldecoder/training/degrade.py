@@ -1,0 +1,104 @@
+"""A batch of pictures in, what the network is told of them out: noisy latents, their sigma, prompt embeddings."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pixeldecoder.latents import add_noise, load_image_encoder
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.text import PromptEncoder
+from pixeldecoder.training.config import Conditioned, Run
+from pixeldecoder.training.data import Batch, SampleRandom
+
+
+class Condition(NamedTuple):
+    """`latents`, `sigma` and `small` are `None` for a prior, the embeddings for a network without text."""
+
+    latents: torch.Tensor | None
+    """(B, C, h, w), noised to sigma, zeros where dropped."""
+    sigma: torch.Tensor | None
+    """(B,) in [0, 1]."""
+    small: torch.Tensor | None
+    """The low-resolution picture that the latents stand for, (B, 3, H/s, W/s) in [-1, 1]."""
+    kept: torch.Tensor | None
+    """(B,), 0 where the latents were dropped, else 1."""
+    embeds: torch.Tensor | None
+    """(B, T, Dt)."""
+    empty_embeds: torch.Tensor | None
+    """Those of the empty caption."""
+
+    def inputs(self, guided: bool = True) -> dict:
+        """For the network; with the empty caption unless `guided`: the latents are present in both."""
+        return dict(
+            encoder_hidden_states=self.embeds if guided else self.empty_embeds,
+            latents=self.latents,
+            sigma=0.0 if self.sigma is None else self.sigma,
+        )
+
+
+class Conditions:
+    """Degrades pictures as the method says (method: Training, "Data", "Noising", "Dropout").
+
+    Raises:
+        ValueError: no encoder, or one for another latent space.
+    """
+
+    def __init__(self, config: Run, network: PixelDecoderTransformer2DModel, device: torch.device):
+        self.run, self.network, self.encoder, self.text = config, network.config, None, None
+        if self.network.latent_channels is not None:
+            if not isinstance(config, Conditioned):
+                raise ValueError("a prior takes no latents, but this network does: train it as a teacher")
+            if not config.encoder:
+                raise ValueError('encoder: expected what turns pictures into latents: a folder, a Hub id or "nano"')
+            self.encoder = load_image_encoder(config.encoder, device)
+            side = config.data.resolution // self.network.scale
+            found = tuple(self.encoder(torch.zeros(1, 3, side, side, device=device)).shape)
+            cells = side // self.network.latent_downscale_factor
+            if found != (expected := (1, self.network.latent_channels, cells, cells)):
+                raise ValueError(
+                    f"encoder {config.encoder}: a picture of {side} px gives latents {found}, the network expects "
+                    f"{expected}: they are of different latent spaces"
+                )
+        elif isinstance(config, Conditioned):
+            raise ValueError("this network takes no latents: give a decoder, or `architecture` with latent_channels")
+        if self.network.text_embed_dim is not None:
+            self.text = PromptEncoder(config.text_encoder, device)
+
+    def __call__(
+        self, batch: Batch, random: SampleRandom, caption_dropout: float = 0.0, latent_dropout: float = 0.0
+    ) -> Condition:
+        # Always drawn, so that an option does not shift the numbers of what comes after.
+        drop_caption, drop_latents, is_noised, sigma = random.uniform(4).unbind(1)
+        embeds = empty = None
+        if self.text is not None:
+            dropped = (drop_caption < caption_dropout).tolist()
+            embeds = self.text(["" if drop else c for c, drop in zip(batch.captions, dropped, strict=True)])
+            empty = self.text([""]).expand_as(embeds)
+        if self.encoder is None:
+            return Condition(None, None, None, None, embeds, empty)
+        assert isinstance(self.run, Conditioned)
+        small = shrink(batch.image, self.network.scale)
+        sigma = self.run.max_sigma * sigma * (is_noised < self.run.noise_probability)
+        kept = (drop_latents >= latent_dropout).float()
+        latents = self.encoder(small)
+        latents = add_noise(latents, random.normal(*latents.shape[1:]), sigma, self.run.frame)
+        return Condition(latents * kept[:, None, None, None], sigma, small, kept, embeds, empty)
+
+
+def shrink(image: torch.Tensor, factor: int) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor): bicubic, antialiased, clamped."""
+    return F.interpolate(image, scale_factor=1 / factor, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def training_times(random: SampleRandom, height: int, width: int) -> torch.Tensor:
+    """t (B,): logit-normal, shifted towards noise for large pictures (method: Training, "Time")."""
+    shift = 6 * math.sqrt(math.sqrt(height * width) / 2048)
+    t = random.normal().sigmoid()
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def noised(image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = (1 - t) image + t noise, t (B,)."""
+    return torch.lerp(image, noise, t.to(image)[:, None, None, None])

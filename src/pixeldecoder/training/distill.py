@@ -1,0 +1,183 @@
+"""Batches in, DMD2 updates out: the 4-step student (method: DMD2; arXiv 2405.14867)."""
+
+import copy
+from itertools import pairwise
+from random import Random
+
+import torch
+from accelerate import Accelerator
+from torch.nn.utils import parametrize
+
+from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
+from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
+from pixeldecoder.pipeline import STUDENT_TIMES, FlowMatchLCMScheduler, PixelDecoderPipeline
+from pixeldecoder.training import losses
+from pixeldecoder.training.config import Student
+from pixeldecoder.training.data import Batch, SampleRandom
+from pixeldecoder.training.degrade import Condition, Conditions, noised
+from pixeldecoder.training.parts import (
+    Part,
+    Terms,
+    add_lora,
+    autocast,
+    build_network,
+    freeze_unused,
+    shard,
+    update,
+)
+
+
+class StudentStage:
+    """Student, frozen teacher and fake score are one class with the same start; the discriminator reads the teacher."""
+
+    def __init__(self, config: Student, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        network = build_network(config)
+        blocks = network.config.num_layers
+        if not config.feature_blocks or not all(0 <= block < blocks for block in config.feature_blocks):
+            raise ValueError(f"feature_blocks {config.feature_blocks}: the network has blocks 0 to {blocks - 1}")
+        self.conditions = Conditions(config, network, accelerator.device)
+        self.guides = network.config.text_embed_dim is not None and config.guidance_scale != 1
+        freeze_unused(network, network.config.aux_rgb_base)
+        self.teacher = self._frozen(copy.deepcopy(network))
+        fake_score = copy.deepcopy(network)
+        if config.lora.rank:
+            add_lora(network, config.lora)
+        for trained in (network, fake_score):
+            if config.gradient_checkpointing:
+                trained.enable_gradient_checkpointing()
+        self.student = Part(network.train(), config.optimizer, config, accelerator)
+        self.fake_score = Part(fake_score.train(), config.critic_optimizer, config, accelerator)
+        dim = network.config.num_attention_heads * network.config.attention_head_dim
+        discriminator = PixelDecoderDiscriminator(dim, len(config.feature_blocks))
+        self.discriminator = Part(discriminator, config.critic_optimizer, config, accelerator)
+        self.parts = {
+            "student": self.student,
+            "fake_score": self.fake_score,
+            "discriminator": self.discriminator,
+        }
+
+    def _frozen(self, teacher: PixelDecoderTransformer2DModel) -> torch.nn.Module:
+        """As its share of the memory asks for; gradients pass through its activations, not into its weights."""
+        config, device = self.config, self.accelerator.device
+        teacher.eval().requires_grad_(False)
+        if config.gradient_checkpointing:
+            teacher.enable_gradient_checkpointing()
+        if config.teacher_memory == "offload" or config.fsdp:
+            return shard(teacher, config, device, offload=config.teacher_memory == "offload")
+        if config.precision == "bfloat16":
+            teacher.to(torch.bfloat16)
+        if config.teacher_memory == "int8":
+            for layer in teacher.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    parametrize.register_parametrization(layer, "weight", Int8Rows(layer.weight.dtype), unsafe=True)
+        return teacher.to(device)
+
+    @property
+    def model(self) -> PixelDecoderTransformer2DModel:
+        return self.student.module  # type: ignore[return-value]
+
+    def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
+        return PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0))
+
+    def update(self, batches: list[Batch], step: int) -> dict[str, float]:
+        if (step + 1) % self.config.student_every == 0:
+            warm_up = min(1.0, step / max(1, self.config.gan_warmup_steps))
+            self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
+            try:
+                return update(
+                    [self.student], batches, lambda batch: self.student_losses(batch, warm_up), step, self.accelerator
+                )
+            finally:
+                self.discriminator.module.requires_grad_(True)
+        return update([self.fake_score, self.discriminator], batches, self.critic_losses, step, self.accelerator)
+
+    def student_losses(self, batch: Batch, gan_warm_up: float) -> Terms:
+        random = SampleRandom(self.config.seed, batch.samples, batch.image.device)
+        condition = self.conditions(batch, random)
+        image = self.student_image(batch, condition, random)
+        x_t, t, _ = self._noised(image, random)
+        real = self._teacher(x_t, t, condition, features=True)
+        with torch.no_grad():
+            velocity = real.sample
+            if self.guides:
+                empty = self._teacher(x_t, t, condition, guided=False).sample
+                velocity = empty + self.config.guidance_scale * (velocity - empty)
+            x0_teacher = _clean(x_t, velocity, t)
+            x0_fake = _clean(x_t, self.fake_score(x_t, 1000 * t, **condition.inputs()).sample, t)
+        logits = self.discriminator.module(tuple(feature.float() for feature in real.features))
+        return {
+            "vsd": losses.vsd(image, x0_teacher, x0_fake),
+            "gan": gan_warm_up * self.config.gan_weight * losses.gan_student(logits),
+        }
+
+    def critic_losses(self, batch: Batch) -> Terms:
+        random = SampleRandom(self.config.seed, batch.samples, batch.image.device)
+        condition = self.conditions(batch, random)
+        with torch.no_grad():
+            image = self.student_image(batch, condition, random)
+        x_t, t, noise = self._noised(image, random)
+        output = self.fake_score(x_t, 1000 * t, **condition.inputs())
+        real = noised(batch.image, noise, t)
+        perturbed = real + self.config.r1_noise * random.normal(*real.shape[1:])
+        with torch.no_grad():
+            features = [self._teacher(x, t, condition, features=True).features for x in (x_t, real, perturbed)]
+        # One pass for all three: a wrapper for many processes counts on one per update.
+        joined = tuple(torch.cat(maps).float() for maps in zip(*features, strict=True))
+        fake_logits, real_logits, perturbed_logits = self.discriminator(joined).chunk(3)
+        return {
+            "fake_score": losses.flow_matching(output.sample, image, noise),
+            "discriminator": losses.gan_discriminator(fake_logits, real_logits),
+            "r1": self.config.r1_weight * losses.approximate_r1(real_logits, perturbed_logits),
+        }
+
+    def student_image(self, batch: Batch, condition: Condition, random: SampleRandom) -> torch.Tensor:
+        """The student's clean image, from a real one noised to one of its times, or from its own samples."""
+        image = batch.image
+        times = torch.tensor(STUDENT_TIMES[:-1], device=image.device)
+        if self.config.student_input == "noised":
+            t = times[(random.uniform() * len(times)).long()]
+            x_t = noised(image, random.normal(*image.shape[1:]), t)
+        else:
+            # One step for all processes: they must run the network equally often.
+            last = Random(f"{self.config.seed}/{batch.position}").randrange(len(times))
+            x_t = random.normal(*image.shape[1:])
+            with torch.no_grad():
+                for now, following in pairwise(times[: last + 1, None].expand(-1, len(image))):
+                    clean = _clean(x_t, self.student(x_t, 1000 * now, **condition.inputs()).sample, now)
+                    x_t = noised(clean, random.normal(*image.shape[1:]), following)
+            t = times[last].expand(len(image))
+        return _clean(x_t, self.student(x_t, 1000 * t, **condition.inputs()).sample, t)
+
+    def _noised(self, image: torch.Tensor, random: SampleRandom) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        t = random.normal().sigmoid().clamp(0.02, 0.99)
+        noise = random.normal(*image.shape[1:])
+        return noised(image, noise, t), t, noise
+
+    def _teacher(
+        self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition, guided: bool = True, features: bool = False
+    ) -> PixelDecoderOutput:
+        wanted = self.config.feature_blocks if features else None
+        half = self.config.precision == "bfloat16" and not self.config.fsdp
+        with autocast(x_t.device, half):
+            return self.teacher(x_t, 1000 * t, **condition.inputs(guided), return_features=wanted)
+
+
+class Int8Rows(torch.nn.Module):
+    """A frozen weight as int8 with a scale for each row; gradients pass through to the layer's input."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return rows.to(self.dtype) * scale
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / 127
+        return (weight / scale).round().to(torch.int8), scale
+
+
+def _clean(x_t: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x0 = x_t - t v."""
+    return x_t - t[:, None, None, None] * velocity.float()

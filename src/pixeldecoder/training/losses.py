@@ -1,0 +1,70 @@
+"""Predictions and targets in, scalar losses out: pure functions, each a mean over the batch (method: Training)."""
+
+import torch
+import torch.nn.functional as F
+
+# BT.601 luma and chroma of RGB in [0, 1]; the chroma channels' offset of 0.5 cancels in differences.
+_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+_YCBCR_WEIGHTS = (0.25, 1.0, 1.0)
+CHARBONNIER_EPS = 1e-3
+
+
+def flow_matching(velocity: torch.Tensor, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the velocity, target noise - image; all (B, 3, H, W).
+
+    A network that predicts the clean image gives its velocity as (x_t - x0) / max(t, .05); the target is not clamped.
+    """
+    return F.mse_loss(velocity.float(), (noise - image).float())
+
+
+def aux_rgb(
+    prediction: torch.Tensor, small: torch.Tensor, sigma: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Charbonnier distance of luma and chroma, samples weighted by 1 - sigma.
+
+    Args:
+        prediction, small: low-resolution images (B, 3, h, w) in [-1, 1].
+        sigma: noise level of each sample's latents (B,).
+        keep: 0 for samples whose latents were dropped, else 1 (B,).
+    """
+    difference = (prediction.float() - small.float()) / 2  # of RGB in [0, 1]
+    difference = torch.einsum("ij,bjhw->bihw", _YCBCR.to(difference), difference)
+    distance = (difference.square() + CHARBONNIER_EPS**2).sqrt().mean(dim=(2, 3))
+    per_sample = (distance * distance.new_tensor(_YCBCR_WEIGHTS)).mean(dim=1)
+    weight = (1 - sigma.float()) * (1 if keep is None else keep.float())
+    return (weight * per_sample).mean()
+
+
+def repa(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of projected features and a vision encoder's, both (B, L, C) (REPA, arXiv 2410.06940)."""
+    return 1 - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
+
+
+def vsd(student: torch.Tensor, teacher: torch.Tensor, fake_score: torch.Tensor) -> torch.Tensor:
+    """Variational score distillation: its gradient on the student's image is w (x0_F - x0_T) (method: DMD2).
+
+    Args:
+        student: the student's image x_s, with gradient, (B, 3, H, W).
+        teacher, fake_score: clean images that these two see in the noised x_s.
+    """
+    # float64 does not exist on every device.
+    dtype = torch.float32 if student.device.type == "mps" else torch.float64
+    x, x0_teacher, x0_fake = student.to(dtype), teacher.detach().to(dtype), fake_score.detach().to(dtype)
+    with torch.no_grad():
+        weight = 1 / ((x - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True) + 1e-6)
+        target = x - weight * (x0_fake - x0_teacher)
+    return 0.5 * F.mse_loss(x, target)
+
+
+def gan_student(logits_fake: torch.Tensor) -> torch.Tensor:
+    """Non-saturating loss of the student; logits of the discriminator on its noised images."""
+    return F.softplus(-logits_fake.float()).mean()
+
+
+def gan_discriminator(logits_fake: torch.Tensor, logits_real: torch.Tensor) -> torch.Tensor:
+    return F.softplus(logits_fake.float()).mean() + F.softplus(-logits_real.float()).mean()
+
+
+def approximate_r1(logits_real: torch.Tensor, logits_perturbed: torch.Tensor) -> torch.Tensor:
+    """Mean squared change of the logits on real images when a little noise is added to the discriminator's input."""
+    return (logits_perturbed.float() - logits_real.float()).square().mean()

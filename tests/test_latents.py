@@ -1,0 +1,131 @@
+"""Frozen encoders against their documented formulas; noise frames."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderRAE, AutoencoderTiny
+
+from pixeldecoder.latents import add_noise, load_image_encoder
+
+IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def tiny_kl(**kwargs) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        **kwargs,
+    ).eval()
+
+
+def saved(model, tmp_path, **kwargs):
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        return load_image_encoder(str(tmp_path), **kwargs)(IMAGE)
+
+
+@pytest.mark.parametrize("shift, scale", [(0.1159, 0.3611), (None, 0.13025)])
+def test_kl(tmp_path, shift, scale):
+    vae = tiny_kl(shift_factor=shift, scaling_factor=scale)
+    z = saved(vae, tmp_path)
+    mean = vae.encode(IMAGE).latent_dist.mean
+    torch.testing.assert_close(z, (mean - (shift or 0)) * scale)
+
+
+def test_kl_in_a_pipeline_folder(tmp_path):
+    vae = tiny_kl(scaling_factor=2.0)
+    vae.save_pretrained(tmp_path / "vae")
+    torch.testing.assert_close(load_image_encoder(str(tmp_path))(IMAGE), vae.encode(IMAGE).latent_dist.mean * 2)
+
+
+def test_flux2(tmp_path):
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    z = saved(vae, tmp_path)
+    mean = vae.encode(IMAGE).latent_dist.mean
+    b, c, h, w = mean.shape  # packed by hand: channel order (c, dy, dx)
+    packed = mean.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+    # The layer's own normalisation, in evaluation mode.
+    torch.testing.assert_close(z, vae.bn(packed), rtol=1e-4, atol=1e-5)
+
+
+def test_qwen_image(tmp_path):
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0],
+    ).eval()  # fmt: skip
+    z = saved(vae, tmp_path)
+    mean = vae.encode(IMAGE[:, :, None]).latent_dist.mean[:, :, 0]
+    for channel in range(4):
+        expected = (mean[:, channel] - 0.1 * (channel + 1)) / (channel + 1)
+        torch.testing.assert_close(z[:, channel], expected)
+
+
+def test_tiny(tmp_path):
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=16, upsampling_scaling_factor=2,
+    ).eval()  # fmt: skip
+    torch.testing.assert_close(saved(vae, tmp_path), vae.encode(IMAGE).latents)
+
+
+def test_rae(tmp_path):
+    vae = AutoencoderRAE(
+        encoder_type="dinov2", encoder_hidden_size=64, encoder_patch_size=14, encoder_num_hidden_layers=1,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=16, patch_size=16, encoder_input_size=28,
+        encoder_norm_mean=[0.5] * 3, encoder_norm_std=[0.5] * 3, latents_mean=0.5, latents_std=2.0,
+    ).eval()  # fmt: skip
+    z = saved(vae, tmp_path)
+    # Normalised with mean and std .5, its own input is ours again: in [-1, 1].
+    own = F.interpolate(IMAGE, size=28, mode="bicubic")
+    tokens = vae.encoder(own).last_hidden_state[:, -4:]
+    expected = (tokens.transpose(1, 2).unflatten(2, (2, 2)) - 0.5) / 2
+    torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_callable():
+    assert load_image_encoder("averaging:encode")(IMAGE).shape == (1, 16, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("averaging:decode", "module:function"),
+        ("nowhere:encode", "module:function"),
+        ("nothing", 'no encoder "nothing": expected "nano"'),
+    ],
+)
+def test_unknown(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_encoder(name)
+
+
+def test_another_class(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+    with pytest.raises(ValueError, match="VQModel: expected one of AutoencoderKL,"):
+        load_image_encoder(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a diffusers autoencoder"):
+        load_image_encoder(str(tmp_path))
+
+
+def test_noise_frames():
+    z, noise, sigma = torch.full((2, 1, 1, 1), 2.0), torch.ones(2, 1, 1, 1), torch.tensor([0.0, 0.6])
+    assert add_noise(z, noise, sigma).flatten().tolist() == pytest.approx([2, 0.8 + 0.6])
+    vp = add_noise(z, noise, sigma, "variance-preserving")
+    assert vp.flatten().tolist() == pytest.approx([2, 1.6 + 0.6])

@@ -1,0 +1,159 @@
+"""Folders, shards and memory; order, resumption, broken pictures."""
+
+import csv
+import io
+import json
+import tarfile
+from itertools import islice
+
+import pytest
+import torch
+from PIL import Image
+
+from pixeldecoder.training.data import (
+    Folder,
+    SampleRandom,
+    Shards,
+    batches,
+    batches_in_memory,
+    bucket_sizes,
+)
+from training.conftest import write_photos
+
+
+def take(count, *args, **kwargs):
+    return list(islice(batches(*args, **kwargs), count))
+
+
+def test_buckets():
+    sizes = bucket_sizes(128, 32, 2.0)
+    assert (128, 128) in sizes and (160, 96) in sizes and (96, 160) in sizes
+    assert all(w % 32 == h % 32 == 0 and max(w / h, h / w) <= 2 for w, h in sizes)
+    assert bucket_sizes(128, 32, 1.0) == [(128, 128)]
+    with pytest.raises(ValueError, match=r"resolution 100: expected a multiple of 32.* 96"):
+        bucket_sizes(100, 32, 1.0)
+
+
+def test_pictures_go_to_the_bucket_of_their_shape(tmp_path):
+    write_photos(tmp_path / "wide", 2, (160, 96))
+    write_photos(tmp_path / "tall", 2, (96, 160))
+    shapes = {
+        (batch.names[0].split("/")[0], batch.image.shape[2:])
+        for batch in take(8, Folder(tmp_path), bucket_sizes(128, 32, 2.0), 1, seed=0)
+    }
+    assert shapes == {("wide", (96, 160)), ("tall", (160, 96))}
+
+
+def test_order_depends_on_the_seed_alone(tmp_path):
+    source = Folder(write_photos(tmp_path))
+    first, again, other = (take(6, source, [(64, 64)], 2, seed=seed) for seed in (0, 0, 1))
+    for a, b in zip(first, again, strict=True):
+        assert a.names == b.names and a.samples == b.samples and torch.equal(a.image, b.image)
+    assert [b.names for b in first] != [b.names for b in other]
+    assert sorted(name for batch in first[:3] for name in batch.names) == [f"{i}.png" for i in range(6)]  # an epoch
+
+
+def test_resumption_and_processes_change_nothing(tmp_path):
+    source = Folder(write_photos(tmp_path))
+    whole = take(5, source, [(64, 64)], 4, seed=3)
+    resumed = take(2, source, [(64, 64)], 4, seed=3, start=whole[2].position)
+    halves = [take(5, source, [(64, 64)], 2, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
+    for index, batch in enumerate(whole):
+        together = torch.cat([halves[0][index].image, halves[1][index].image])
+        assert torch.equal(together, batch.image)
+        assert halves[0][index].samples + halves[1][index].samples == batch.samples
+    assert all(torch.equal(a.image, b.image) for a, b in zip(whole[3:], resumed, strict=True))
+
+
+def test_broken_pictures_are_named_and_replaced(tmp_path):
+    write_photos(tmp_path, 3)
+    (tmp_path / "noise.png").write_bytes(b"no picture")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    source = Folder(tmp_path)
+    found = take(8, source, [(64, 64)], 2, seed=0)
+    assert set(source.skipped.reasons) == {"noise.png", "half.png"}
+    assert {name for batch in found for name in batch.names} == {"0.png", "1.png", "2.png"}
+    # Also where a step has nothing else.
+    assert "half.png" not in {batch.names[0] for batch in take(8, Folder(tmp_path), [(64, 64)], 1, seed=0)}
+
+
+def test_nothing_usable(tmp_path):
+    with pytest.raises(ValueError, match=r"no usable picture: expected .png"):
+        Folder(tmp_path)
+    write_photos(tmp_path, 1)
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"no picture can be decoded, among them 0.png"):
+        take(1, Folder(tmp_path), [(64, 64)], 1, seed=0)
+    with pytest.raises(ValueError, match=r"at least 64 px, among them 0.png"):
+        next(batches_in_memory(Folder(tmp_path), 64, 1, seed=0))
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
+def test_captions(tmp_path, kind):
+    folder = write_photos(tmp_path / "photos", 3)
+    table = None if kind == "txt" else tmp_path / f"captions.{kind}"
+    if kind == "txt":
+        (folder / "1.txt").write_text("a cat\n")
+    elif kind == "csv":
+        with table.open("w", newline="") as file:
+            csv.writer(file).writerows([("file_name", "text"), ("1.png", "a cat"), ("0.png", "")])
+    else:
+        rows = [{"file_name": "1.png", "text": "a cat"}, {"file_name": "0.png", "text": ""}]
+        table.write_text("\n".join(map(json.dumps, rows)))
+    captions = {record.name: record.caption for record in Folder(folder, table).items}
+    assert captions == {"0.png": "", "1.png": "a cat"} | ({"2.png": ""} if kind == "txt" else {})
+
+
+def test_captions_without_their_columns(tmp_path):
+    (tmp_path / "captions.csv").write_text("name,words\na,b\n")
+    with pytest.raises(ValueError, match='expected "file_name" and "text"'):
+        Folder(write_photos(tmp_path / "photos", 1), tmp_path / "captions.csv")
+
+
+def test_shards(tmp_path):
+    write_photos(tmp_path, 6)
+    for number in range(2):
+        with tarfile.open(tmp_path / f"data-{number}.tar", "w") as tar:
+            for index in range(3 * number, 3 * number + 3):
+                for suffix, data in (
+                    ("png", b"broken" if index == 4 else (tmp_path / f"{index}.png").read_bytes()),
+                    ("txt", f"caption {index}".encode()),
+                ):
+                    info = tarfile.TarInfo(f"{index}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    source = Shards(str(tmp_path / "data-{0..1}.tar"))
+    whole = take(5, source, [(64, 64)], 2, seed=0)
+    assert {caption for batch in whole for caption in batch.captions} == {f"caption {i}" for i in (0, 1, 2, 3, 5)}
+    assert any(name.endswith(":4") for name in source.skipped.reasons)
+    resumed = take(2, source, [(64, 64)], 2, seed=0, start=whole[2].position)
+    assert all(torch.equal(a.image, b.image) for a, b in zip(whole[3:], resumed, strict=True))
+
+
+def test_shards_without_pictures(tmp_path):
+    with tarfile.open(tmp_path / "data.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match="no usable picture in these shards"):
+        take(1, Shards(str(tmp_path / "data.tar")), [(64, 64)], 2, seed=0)
+
+
+def test_in_memory(tmp_path):
+    source = Folder(write_photos(tmp_path, 4, (128, 96)))
+    stream = batches_in_memory(source, 64, 3, seed=0)
+    first, second = next(stream), next(stream)
+    assert first.image.shape == (3, 3, 64, 64) and not torch.equal(first.image, second.image)
+    resumed = next(batches_in_memory(source, 64, 3, seed=0, start=first.position))
+    assert torch.equal(resumed.image, second.image)
+    # A crop, not a resized picture: its pixels are the file's.
+    record = next(r for r in source.items if r.name == first.names[0])
+    pixels = {tuple(p) for p in Image.open(tmp_path / record.name).convert("RGB").get_flattened_data()}
+    crop = ((first.image[0] + 1) * 127.5).round().byte().flatten(1).T.tolist()
+    assert all(tuple(p) in pixels for p in crop)
+
+
+def test_random_numbers_depend_on_the_sample_alone():
+    both = SampleRandom(0, [5, 9]).normal(3)
+    assert torch.equal(both[1], SampleRandom(0, [9]).normal(3)[0])
+    assert not torch.equal(both[0], both[1]) and not torch.equal(both, SampleRandom(1, [5, 9]).normal(3))
