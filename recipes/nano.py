@@ -1,8 +1,9 @@
 """Photos in, the bundled nano weights out: first the encoder, then the decoder.
 
-    python recipes/nano.py encoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 13 --learning-rate 2e-3
-    python recipes/nano.py decoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 60 --learning-rate 8e-4
-    python recipes/nano.py bundle  --data EVAL --taef1 taef1_encoder.safetensors
+    python recipes/nano.py encoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 8 --batch-size 8 \
+        --muon-learning-rate 0.015
+    python recipes/nano.py decoder --data TRAIN --taef1 taef1_encoder.safetensors --adapter-minutes 10 --minutes 12
+    python recipes/nano.py bundle --data EVAL --taef1 taef1_encoder.safetensors
     python recipes/nano.py evaluate --data EVAL --taef1 taef1_encoder.safetensors
 
 Each writes its part under `--out`.
@@ -50,11 +51,14 @@ class Config:
     """Before that, of the decoder's adapter alone."""
     out: Path = Path("outputs/nano")
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 4
     """Crops to a step of the encoder's training and of the adapter's alone; the whole decoder's are in SIZES."""
     compile: bool = True
     """Compile the decoder's blocks."""
+    muon_learning_rate: float = 0.02
+    """Of convolutions and of the matrices of attention and MLPs."""
     learning_rate: float = 1e-3
+    """Of everything else, by AdamW."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -145,12 +149,10 @@ def train_encoder(config: Config) -> None:
     known = (config.out / "encoder").exists()
     model = TinyLatentEncoder.from_pretrained(config.out / "encoder") if known else TinyLatentEncoder()
     model.to(config.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = Optimizer(model, config)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
     start, step, log = time.time(), 0, []
     while (progress := (time.time() - start) / (60 * config.minutes)) < 1:
-        warm_up = min(1, (step + 1) / 100)
-        set_learning_rate(optimizer, config.learning_rate * warm_up * (0.5 + 0.5 * math.cos(math.pi * progress)))
         image, target, mask = [], [], torch.ones(config.batch_size, 1, 8, 8)
         for index, (pair, top, left) in enumerate(draw(pairs, 8, config.batch_size, rng)):
             image.append(pair.small[:, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64])
@@ -164,7 +166,7 @@ def train_encoder(config: Config) -> None:
         mask = mask.to(config.device)
         difference = model(image.contiguous(memory_format=torch.channels_last)) - target
         error = (mask * difference.square()).sum() / (mask.sum() * target.shape[1])
-        update(error, model, optimizer)
+        optimizer.step(error, progress)
         log.append((error.item() / target.square().mean().item()) ** 0.5)
         step += 1
         if step % 100 == 0:
@@ -240,17 +242,15 @@ def train_decoder(config: Config) -> None:
     model = PixelDecoderTransformer2DModel(**NANO)
     if known:
         model = PixelDecoderTransformer2DModel.from_pretrained(config.out / "transformer").float().train()
-    model.to(config.device)
+    model.to(config.device, memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
 
-    rate = config.learning_rate if known else 2e-3
-    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = Optimizer(model.adapter, config)
     begun, step, log = time.time(), 0, []
     while (progress := (time.time() - begun) / (60 * config.adapter_minutes)) < 1:
-        set_learning_rate(optimizer, rate * min(1, (step + 1) / 50) * (1 - 0.9 * progress))
         _, small, latents, sigma = latent_batch(pairs, 256, config.batch_size, rng, config.device)
         loss = rgb_loss(model.encode_latents(latents, 256, 256).aux_rgb, small, sigma)
-        update(loss, model, optimizer)
+        optimizer.step(loss, progress)
         step += 1
         log.append(loss.item())
         if step % 100 == 0:
@@ -258,13 +258,11 @@ def train_decoder(config: Config) -> None:
     torch.save(model.state_dict(), config.out / "after_adapter.pt")
 
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = Optimizer(model, config)
     if config.compile:
         model.compile_repeated_blocks(dynamic=False)
     begun, step, log, errors = time.time(), 0, [], {t: [] for t in STUDENT_TIMES[:-1]}
     while (progress := (time.time() - begun) / (60 * config.minutes)) < 1:
-        warm_up = min(1, (step + 1) / 100)
-        set_learning_rate(optimizer, config.learning_rate * warm_up * (0.52 + 0.48 * math.cos(math.pi * progress)))
         size = rng.choices(list(SIZES), weights=[share for share, _ in SIZES.values()])[0]
         crops, small, latents, sigma = latent_batch(pairs, size, SIZES[size][1], rng, config.device)
         image = torch.stack([p.photo[:, 32 * y : 32 * y + size, 32 * x : 32 * x + size] for p, y, x in crops])
@@ -283,7 +281,7 @@ def train_decoder(config: Config) -> None:
         velocity = model(noisy, 1000 * t, latent_features=detached, sigma=sigma).sample
         per_image = (velocity - (noise - image)).square().mean(dim=(1, 2, 3))
         losses = per_image.mean(), rgb_loss(features.aux_rgb, small, sigma)
-        update(losses[0] + 2 * losses[1], model, optimizer)
+        optimizer.step(losses[0] + 2 * losses[1], progress)
         average.update_parameters(model)
         step += 1
         log.append([loss.item() for loss in losses])
@@ -303,16 +301,42 @@ def train_decoder(config: Config) -> None:
     (config.out / "transformer" / "training.json").write_text(json.dumps(record, default=str, indent=1))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+class Optimizer:
+    """Muon for the convolutions and the matrices of attention and MLPs, AdamW for the rest.
+
+    The learning rates warm up, then fall in a line. In the minutes that a CPU has, Muon makes the difference: after
+    three of them on one core the encoder and the adapter are where AdamW alone takes them in forty.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Config):
+        named = list(model.named_parameters())
+        self.weights = [p for name, p in named if p.ndim == 4 or (p.ndim == 2 and re.search(r"\.(attn|mlp)\.", name))]
+        others = [p for _, p in named if not any(p is weight for weight in self.weights)]
+        # Muon takes matrices only: views on the memory of the weights, which lie channels last.
+        self.matrices = [torch.nn.Parameter(as_matrix(weight.data)) for weight in self.weights]
+        assert all(m.data_ptr() == w.data_ptr() for m, w in zip(self.matrices, self.weights, strict=True))
+        self.muon = torch.optim.Muon(self.matrices, config.muon_learning_rate, weight_decay=0.01, momentum=0.9)
+        self.adamw = torch.optim.AdamW(others, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.steps = 0
+
+    def step(self, loss: torch.Tensor, progress: float) -> None:
+        """Progress of the run is in [0, 1)."""
+        self.steps += 1
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group.setdefault("full_lr", group["lr"])
+                group["lr"] = group["full_lr"] * min(1, self.steps / 50) * (1 - 0.95 * progress)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*self.weights, *self.adamw.param_groups[0]["params"]], 1.0)
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            matrix.grad, weight.grad = as_matrix(weight.grad), None
+        for optimizer in (self.muon, self.adamw):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
-def update(loss: torch.Tensor, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.ndim == 2 else weight.movedim(1, -1).flatten(1)
 
 
 SAMPLES = {"budgie": "13_budgie-branch.jpg", "face": "kodim15.png", "sign": "10_kait-herzog-8242.jpg"}

@@ -156,7 +156,11 @@ class Part:
         self.autocast = not config.fsdp and config.precision == "bfloat16"
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+            self.parameters,
+            settings.learning_rate,
+            settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type == "cuda",  # without temporary copies of all weights
         )
 
     def __call__(self, *args, **kwargs):

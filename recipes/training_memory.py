@@ -1,0 +1,163 @@
+"""Memory and speed of training the full network: measured on a GPU, or counted without running anything.
+
+    python recipes/training_memory.py                        # counts every stage and resolution, seconds on a CPU
+    python recipes/training_memory.py --measure              # runs them on the GPU: peak memory, samples per second
+
+Latents and prompt embeddings are made up: encoders are left out. Counting follows the tensors of a whole update
+(networks, average, gradients, AdamW, activations) without their values; an allocator needs somewhat more.
+"""
+
+import time
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import tyro
+import yaml
+from accelerate import Accelerator
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pixeldecoder.presets import PRESETS
+from pixeldecoder.training import degrade, distill, teacher
+from pixeldecoder.training.config import Student, Teacher
+from pixeldecoder.training.data import Batch
+from pixeldecoder.training.parts import Average
+
+PRESET = PRESETS["PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled"]
+RUNS = {
+    "teacher, adapter alone": Teacher(),
+    "teacher, everything": Teacher(train="all"),
+    "student": Student(),
+    "student, int8 teacher": Student(teacher_memory="int8"),
+}
+
+
+@dataclass
+class Config:
+    resolutions: tuple[int, ...] = (1024, 2048)
+    measure: bool = False
+    """Run on the GPU instead of counting."""
+    updates: int = 6
+    """That are timed, after as many that are not; the student's come one in six."""
+    runs: tuple[str, ...] = tuple(RUNS)
+
+
+class RandomConditions:
+    """Stands in for the encoders."""
+
+    def __init__(self, run: Teacher | Student, network: torch.nn.Module, device: torch.device):
+        self.network, self.device, self.encoder = network.config, device, None
+
+    def __call__(self, batch: Batch, *_, **__) -> degrade.Condition:
+        count, _, height, width = batch.image.shape
+        network, cell = self.network, self.network.scale * self.network.latent_downscale_factor
+        embeds = torch.zeros(count, 300, network.text_embed_dim, device=self.device)
+        return degrade.Condition(
+            latents=torch.randn(count, network.latent_channels, height // cell, width // cell, device=self.device),
+            sigma=torch.full((count,), 0.4, device=self.device),
+            small=torch.zeros(count, 3, height // network.scale, width // network.scale, device=self.device),
+            kept=torch.ones(count, device=self.device),
+            embeds=embeds,
+            empty_embeds=embeds,
+        )
+
+
+class Counter(TorchDispatchMode):
+    """Bytes of all tensors alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return output
+
+    def _add(self, size: int) -> None:
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+
+def main(config: Config) -> None:
+    if config.measure and not torch.cuda.is_available():
+        raise SystemExit("--measure: expected a CUDA device")
+    if not config.measure:
+        torch.nn.Module._apply = apply_by_replacing
+    distill.Conditions = teacher.Conditions = RandomConditions
+    device = torch.cuda.get_device_name() if config.measure else "counted"
+    print(f"| stage ({device}, torch {torch.__version__}) | resolution | peak memory | samples/s |\n|---|---|---|---|")
+    for name in config.runs:
+        for resolution in config.resolutions:
+            peak, rate = one(config, RUNS[name], resolution)
+            print(f"| {name} | {resolution} px | {peak / 1e9:.1f} GB | {rate} |", flush=True)
+
+
+def apply_by_replacing(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
+    """`Module.to` changes parameters in place, which tensors without values do not allow."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                new = function(parameter.detach())
+                part._parameters[name] = torch.nn.Parameter(new, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else function(buffer)
+    return module
+
+
+def one(config: Config, run: Teacher | Student, resolution: int) -> tuple[int, str]:
+    """Peak bytes and samples per second of one stage, a sample at a time."""
+    accelerator = Accelerator(cpu=not config.measure)
+    fake = nullcontext() if config.measure else FakeTensorMode(allow_non_fake_inputs=True)
+    counter = nullcontext() if config.measure else Counter()
+    with TemporaryDirectory() as folder, fake, counter:
+        architecture = Path(folder) / "architecture.yaml"
+        architecture.write_text(yaml.safe_dump(dict(PRESET.config)))
+        run = replace(run, architecture=architecture, batch_size=1, micro_batch_size=1)
+        kind = distill.StudentStage if isinstance(run, Student) else teacher.TeacherStage
+        stage = kind(run, accelerator)
+        average = Average(stage.model, run.ema_decay)
+        image = torch.zeros(1, 3, resolution, resolution, device=accelerator.device)
+        batch = Batch(image=image, captions=[""], names=[""], samples=[0], position=0)
+        if not config.measure:
+            # What `update` does, without looking at the values of losses, which are not there.
+            updates = [(stage.losses, ["network"])] if isinstance(stage, teacher.TeacherStage) else []
+            if isinstance(stage, distill.StudentStage):
+                updates = [(stage.critic_losses, ["fake_score", "discriminator"])]
+                updates += [(partial(stage.student_losses, gan_warm_up=1.0), ["student"])]
+            for losses, parts in updates:
+                torch.stack(list(losses(batch).values())).sum().backward()
+                for part in parts:
+                    stage.parts[part].step(0)
+            average.update(0)
+            return counter.peak, "not measured"
+        for step in range(2 * config.updates):
+            if step == config.updates:
+                torch.cuda.synchronize()
+                begun = time.time()
+            stage.update([batch], step)
+            average.update(step)
+        torch.cuda.synchronize()
+    rate = config.updates / (time.time() - begun)
+    peak = torch.cuda.max_memory_allocated()
+    del stage, average
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return peak, f"{rate:.2f}"
+
+
+if __name__ == "__main__":
+    # Random weights serve, and initialising 1.4 G of them on a CPU takes longer than the measurement.
+    torch.nn.init.trunc_normal_ = lambda tensor, **_: tensor
+    main(tyro.cli(Config, description=__doc__))
