@@ -1,12 +1,12 @@
 """Photos in, the bundled nano weights out: first the encoder, then the decoder.
 
-    python recipes/nano.py encoder --data TRAIN --taef1 taef1_encoder.safetensors --minutes 8 --batch-size 8 \
-        --muon-learning-rate 0.015
-    python recipes/nano.py decoder --data TRAIN --taef1 taef1_encoder.safetensors --adapter-minutes 10 --minutes 12
-    python recipes/nano.py bundle --data EVAL --taef1 taef1_encoder.safetensors
-    python recipes/nano.py evaluate --data EVAL --taef1 taef1_encoder.safetensors
+    python recipes/nano.py encoder --data TRAIN --minutes 8 --batch-size 8 --muon-learning-rate 0.015
+    python recipes/nano.py adapter --data TRAIN --minutes 12 --batch-size 4 --muon-learning-rate 0.03
+    python recipes/nano.py decoder --data TRAIN --minutes 10 --muon-learning-rate 0.01 --learning-rate 5e-4
+    python recipes/nano.py bundle --data EVAL
+    python recipes/nano.py evaluate --data EVAL
 
-Each writes its part under `--out`.
+each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`.
 """
 
 import json
@@ -40,15 +40,13 @@ from pixeldecoder.pipeline import STUDENT_TIMES, PixelDecoderPipeline
 class Config:
     """One training run."""
 
-    stage: tyro.conf.Positional[Literal["encoder", "decoder", "bundle", "evaluate"]]
+    stage: tyro.conf.Positional[Literal["encoder", "adapter", "decoder", "bundle", "evaluate"]]
     data: Path
     """Folder of photos: to train on, or to evaluate on."""
     taef1: Path
     """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors."""
     minutes: float = 60.0
     """Wall time of training, loading excluded."""
-    adapter_minutes: float = 5.0
-    """Before that, of the decoder's adapter alone."""
     out: Path = Path("outputs/nano")
     seed: int = 0
     batch_size: int = 4
@@ -113,7 +111,7 @@ def load_pairs(config: Config) -> list[Pair]:
     known = torch.load(cache, weights_only=True) if cache.exists() else None
     taef1 = load_taef1_encoder(config.taef1, config.device).to(memory_format=torch.channels_last)
     encoder = None
-    if config.stage == "decoder":
+    if config.stage != "encoder":
         encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
     for index, photo in enumerate(photos):
         height, width = (side // 32 * 32 for side in photo.shape[1:])
@@ -202,9 +200,9 @@ NANO = dict(
     prediction_type="sample",
     rope_reference_size=512,
 )
-SIZES = {192: (0.5, 2), 256: (0.3, 1), 384: (0.15, 1), 512: (0.05, 1)}
+SIZES = {192: (0.4, 4), 256: (0.4, 2), 384: (0.15, 1), 512: (0.05, 1)}
 """Crop side in pixels: its share of the steps, and crops to a batch. Rotary angles change with the size, so that it
-must be varied; many small steps get further in little time than few large ones."""
+must be varied."""
 TIME_SHIFT = 6 * (1024 / 2048) ** 0.5
 
 
@@ -229,25 +227,23 @@ def rgb_loss(prediction: torch.Tensor, small: torch.Tensor, sigma: torch.Tensor)
     As the base of the output the prediction must be a mean image; the differences are there for edges and seams.
     """
     error = prediction - small
-    terms = (error, error.diff(dim=-1), error.diff(dim=-2))
-    return ((1 - sigma) * torch.stack([term.square().mean(dim=(1, 2, 3)) for term in terms]).sum(dim=0)).mean()
+    return ((1 - sigma) * (squared(error) + squared(error.diff(dim=-1)) + squared(error.diff(dim=-2)))).mean()
 
 
-def train_decoder(config: Config) -> None:
-    """First the adapter learns to predict the small image, then everything by flow matching; exported: the average."""
+def squared(error: torch.Tensor) -> torch.Tensor:
+    """Mean square of each image, (B,)."""
+    return error.square().mean(dim=(1, 2, 3))
+
+
+def train_adapter(config: Config) -> None:
+    """The adapter learns to predict the small image, the base of what the decoder puts out."""
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
     pairs = load_pairs(config)
-    known = (config.out / "transformer").exists()
-    model = PixelDecoderTransformer2DModel(**NANO)
-    if known:
-        model = PixelDecoderTransformer2DModel.from_pretrained(config.out / "transformer").float().train()
-    model.to(config.device, memory_format=torch.channels_last)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
-
+    model = PixelDecoderTransformer2DModel(**NANO).to(config.device, memory_format=torch.channels_last)
     optimizer = Optimizer(model.adapter, config)
     begun, step, log = time.time(), 0, []
-    while (progress := (time.time() - begun) / (60 * config.adapter_minutes)) < 1:
+    while (progress := (time.time() - begun) / (60 * config.minutes)) < 1:
         _, small, latents, sigma = latent_batch(pairs, 256, config.batch_size, rng, config.device)
         loss = rgb_loss(model.encode_latents(latents, 256, 256).aux_rgb, small, sigma)
         optimizer.step(loss, progress)
@@ -255,16 +251,30 @@ def train_decoder(config: Config) -> None:
         log.append(loss.item())
         if step % 100 == 0:
             print(f"{(time.time() - begun) / 60:6.1f} min  step {step}  rgb {np.mean(log[-100:]):.5f}", flush=True)
-    torch.save(model.state_dict(), config.out / "after_adapter.pt")
+    state = {name: value.contiguous() for name, value in model.adapter.state_dict().items()}
+    save_file(state, config.out / "adapter.safetensors")
 
+
+def train_decoder(config: Config) -> None:
+    """On top of the adapter the rest learns by flow matching; exported: the average."""
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    pairs = load_pairs(config)
+    model = PixelDecoderTransformer2DModel(**NANO).to(config.device, memory_format=torch.channels_last)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
+    model.adapter.load_state_dict(load_file(config.out / "adapter.safetensors"))
+
+    # What makes the base stays as it is: the rest learns what is missing in it.
+    for module in (model.adapter.convs, model.adapter.aux_rgb_head):
+        module.requires_grad_(False)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizer = Optimizer(model, config)
     if config.compile:
         model.compile_repeated_blocks(dynamic=False)
-    begun, step, log, errors = time.time(), 0, [], {t: [] for t in STUDENT_TIMES[:-1]}
+    begun, step, errors = time.time(), 0, {t: [] for t in STUDENT_TIMES[:-1]}
     while (progress := (time.time() - begun) / (60 * config.minutes)) < 1:
         size = rng.choices(list(SIZES), weights=[share for share, _ in SIZES.values()])[0]
-        crops, small, latents, sigma = latent_batch(pairs, size, SIZES[size][1], rng, config.device)
+        crops, _, latents, sigma = latent_batch(pairs, size, SIZES[size][1], rng, config.device)
         image = torch.stack([p.photo[:, 32 * y : 32 * y + size, 32 * x : 32 * x + size] for p, y, x in crops])
         image = image.to(config.device).float() / 127.5 - 1
         # Half the times logit-normal, shifted as for the 1024 px pictures that crops stand for; half the sampler's.
@@ -273,31 +283,28 @@ def train_decoder(config: Config) -> None:
         steps = torch.tensor(rng.choices(STUDENT_TIMES[:-1], k=len(image)), device=config.device)
         is_step = torch.rand(len(image), device=config.device) < 0.5
         t = torch.where(is_step, steps, t)
-        noise = torch.randn_like(image)
-        noisy = torch.lerp(image, noise, t[:, None, None, None])
         features = model.encode_latents(latents, size, size)
-        # The base learns from its own loss alone: it shall be the mean image whatever the rest makes of it.
-        detached = features._replace(aux_rgb=features.aux_rgb.detach())
-        velocity = model(noisy, 1000 * t, latent_features=detached, sigma=sigma).sample
-        per_image = (velocity - (noise - image)).square().mean(dim=(1, 2, 3))
-        losses = per_image.mean(), rgb_loss(features.aux_rgb, small, sigma)
-        optimizer.step(losses[0] + 2 * losses[1], progress)
+        base = F.interpolate(features.aux_rgb, scale_factor=4, mode="bicubic")
+        # While sampling in few steps the network sees its own soft pictures noised, not real ones: half of either.
+        clean = torch.where(torch.rand(len(image), 1, 1, 1, device=config.device) < 0.5, base, image)
+        noisy = torch.lerp(clean, torch.randn_like(image), t[:, None, None, None])
+        velocity = model(noisy, 1000 * t, latent_features=features, sigma=sigma).sample
+        # Flow matching in x0: that of the velocity, weighted by t^2, lest the few small times rule.
+        error = noisy - t[:, None, None, None] * velocity - image
+        per_image = squared(error)
+        optimizer.step((per_image + squared(error.diff(dim=-1)) + squared(error.diff(dim=-2))).mean(), progress)
         average.update_parameters(model)
         step += 1
-        log.append([loss.item() for loss in losses])
-        for time_step, error in zip(t[is_step].tolist(), per_image[is_step].tolist(), strict=True):
-            errors[min(errors, key=lambda known: abs(known - time_step))].append(error * time_step**2)
+        gains = squared(base - image) / per_image.detach()
+        for time_step, gain in zip(t[is_step].tolist(), gains[is_step].tolist(), strict=True):
+            errors[min(errors, key=lambda known: abs(known - time_step))].append(10 * math.log10(gain))
         if step % 100 == 0:
-            velocity_loss, base_loss = np.mean(log[-100:], axis=0)
-            quality = "  ".join(f"{10 * math.log10(4 / np.median(e[-100:])):.2f}" for e in errors.values() if e)
-            print(
-                f"{(time.time() - begun) / 60:6.1f} min  step {step}  velocity {velocity_loss:.4f}  rgb {base_loss:.5f}"
-                f"  PSNR at the sampler's times {quality}",
-                flush=True,
-            )
+            gain = "  ".join(f"{np.mean(e[-100:]):+.2f}" for e in errors.values() if e)
+            minutes = (time.time() - begun) / 60
+            print(f"{minutes:6.1f} min  step {step}  dB over the base at the sampler's times {gain}", flush=True)
     shutil.rmtree(config.out / "transformer", ignore_errors=True)
     average.module.to(torch.bfloat16).save_pretrained(config.out / "transformer", max_shard_size="14MB")
-    record = {"steps": step, "final": np.mean(log[-200:], axis=0).tolist(), "config": vars(config)}
+    record = {"steps": step, "config": vars(config)}
     (config.out / "transformer" / "training.json").write_text(json.dumps(record, default=str, indent=1))
 
 
@@ -309,7 +316,7 @@ class Optimizer:
     """
 
     def __init__(self, model: torch.nn.Module, config: Config):
-        named = list(model.named_parameters())
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.weights = [p for name, p in named if p.ndim == 4 or (p.ndim == 2 and re.search(r"\.(attn|mlp)\.", name))]
         others = [p for _, p in named if not any(p is weight for weight in self.weights)]
         # Muon takes matrices only: views on the memory of the weights, which lie channels last.
@@ -350,6 +357,7 @@ def bundle(config: Config) -> None:
     transformer = PixelDecoderTransformer2DModel.from_pretrained(config.out / "transformer", torch_dtype=torch.bfloat16)
     pipeline = PixelDecoderPipeline(transformer, FlowMatchLCMScheduler(shift=1.0), encoder=encoder)
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
+    pipeline = PixelDecoderPipeline.from_pretrained("nano")
     folder = NANO_FOLDER / "samples"
     folder.mkdir(exist_ok=True)
     for name, file in SAMPLES.items():
@@ -406,5 +414,11 @@ def border_ratio(image: torch.Tensor, patch: int = NANO["patch_size"]) -> float:
 
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
-    stages = {"encoder": train_encoder, "decoder": train_decoder, "bundle": bundle, "evaluate": evaluate}
+    stages = {
+        "encoder": train_encoder,
+        "adapter": train_adapter,
+        "decoder": train_decoder,
+        "bundle": bundle,
+        "evaluate": evaluate,
+    }
     stages[config.stage](config)

@@ -45,23 +45,12 @@ def test_quality_on_samples(nano):
     assert len(values) == 3 and np.mean(values) > 19
 
 
-def test_the_gate_helps_where_latents_are_noisy(nano):
-    told, untold = [], []
-    for path in SAMPLES:
-        latents = load_file(path)["latents"]
-        noisy = 0.4 * latents + 0.6 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-        told.append(psnr(decode(nano, noisy, sigma=0.6), original(path)))
-        untold.append(psnr(decode(nano, noisy, sigma=0.0), original(path)))
-    assert np.mean(told) > np.mean(untold)
-
-
 def test_encoder_gives_the_samples_latents(nano):
     for path in SAMPLES:
         small = F.interpolate(original(path), scale_factor=0.25, mode="bicubic", antialias=True).clamp(-1, 1)
         latents, expected = nano.encode_image(small), load_file(path)["latents"]
         assert latents.shape == (1, 16, 16, 16)
-        # The samples were made in bfloat16.
-        assert (latents - expected).square().mean().sqrt() < 0.02 * expected.std()
+        torch.testing.assert_close(latents, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_demo(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 from conftest import CASES, TINY, TINY_NANO, TINY_V15, Golden, manifests, relative, tiny_model
 from pixeldecoder import PixelDecoderTransformer2DModel
@@ -197,10 +198,10 @@ def test_regional_compilation():
 def test_attention_backend():
     model, given = tiny_model(), inputs()
     exact = model(**given).sample
-    model.set_attention_backend("_native_math")
-    assert model.pixel_blocks[0].attn.processor._attention_backend == "_native_math"
-    torch.testing.assert_close(model(**given).sample, exact, atol=1e-5, rtol=1e-4)
-    model.reset_attention_backend()
+    with attention_backend("native"):  # `set_attention_backend` also changes what every other model uses: put it back
+        model.set_attention_backend("_native_math")
+        assert model.pixel_blocks[0].attn.processor._attention_backend == "_native_math"
+        torch.testing.assert_close(model(**given).sample, exact, atol=1e-5, rtol=1e-4)
 
 
 def test_lora():
