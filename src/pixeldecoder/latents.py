@@ -1,10 +1,12 @@
-"""Images in, normalised latents out, by any frozen encoder; and the frames in which latents are noised."""
+"""Images or a pipeline's latents in, normalised latents (B, C, h, w) out: every latent space, and how it is noised."""
 
 import importlib
+import inspect
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,144 @@ import torch.nn.functional as F
 Frame = Literal["flow", "variance-preserving"]
 ImageEncoder = Callable[[torch.Tensor], torch.Tensor]
 """Image (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, H/f, W/f)."""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """One latent space (method: Latent spaces); its normalisation is read from the autoencoder's configuration."""
+
+    name: str
+    channels: int
+    """C of normalised, unpacked latents (B, C, h, w)."""
+    downscale_factor: int
+    """Pixels of the autoencoder's image for each latent cell."""
+    frame: Frame
+    """How partly denoised latents are made: "flow": (1 - sigma) z + sigma noise; "variance-preserving"."""
+    preset: str
+    """The released decoder."""
+    stop: float
+    """Share of the latent model's steps after which the paper stops."""
+    encoder: str
+    """Hub id of an autoencoder or vision encoder that makes these latents."""
+
+
+def _v15(space: str) -> str:
+    return f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_distill_4step"
+
+
+SPACES = {
+    space.name: space
+    for space in (
+        LatentSpace("flux", 16, 8, "flow", _v15("flux"), 24 / 28, "Tongyi-MAI/Z-Image-Turbo"),
+        LatentSpace("flux2", 128, 16, "flow", _v15("flux2"), 46 / 50, "black-forest-labs/FLUX.2-klein-4B"),
+        LatentSpace("qwenimage", 16, 8, "flow", _v15("qwenimage"), 44 / 50, "Qwen/Qwen-Image"),
+        LatentSpace(
+            "sd3", 16, 8, "flow", "PiD_res2kto4k_sr4x_official_sd3_distill_4step", 24 / 28,
+            "stabilityai/stable-diffusion-3.5-medium",
+        ),
+        LatentSpace(
+            "sdxl", 4, 8, "variance-preserving", "PiD_res2kto4k_sr4x_official_sdxl_distill_4step", 26 / 30,
+            "stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+        LatentSpace(
+            "dinov2", 768, 16, "flow", "PiD_res2k_sr4x_official_dinov2_distill_4step", 1.0,
+            "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08",
+        ),
+        LatentSpace(
+            "siglip", 1152, 16, "flow", "PiD_res2k_sr8x_official_siglip_distill_4step", 1.0,
+            "google/siglip2-so400m-patch14-224",
+        ),
+    )
+}  # fmt: skip
+"""Every latent space that a released decoder knows."""
+
+_SCALING = {(0.3611, 0.1159): "flux", (1.5305, 0.0609): "sd3", (0.13025, 0.0): "sdxl"}
+"""`AutoencoderKL`'s (scaling_factor, shift_factor)."""
+
+
+def find_latent_space(autoencoder: torch.nn.Module, name: str | None = None) -> LatentSpace:
+    """The latent space of a diffusers autoencoder, told by its class and configuration, or the one called `name`.
+
+    Raises:
+        ValueError: no known decoder fits.
+    """
+    if name is not None:
+        if name not in SPACES:
+            raise ValueError(f'no latent space "{name}": expected one of {", ".join(SPACES)}')
+        return SPACES[name]
+    kind = type(autoencoder).__name__
+    config = getattr(autoencoder, "config", {})
+    found = None
+    if kind == "AutoencoderKL":
+        found = _SCALING.get((round(config.scaling_factor, 5), round(config.shift_factor or 0.0, 5)))
+    elif kind == "AutoencoderKLFlux2":
+        found = "flux2"
+    elif kind in ("AutoencoderKLQwenImage", "AutoencoderKLWan"):  # Wan 2.1's numbers; 2.2 has others
+        found = "qwenimage" if _same_statistics(config) else None
+    elif kind == "AutoencoderRAE" and (config.encoder_type, config.encoder_hidden_size) == ("dinov2", 768):
+        found = "dinov2"
+    if found is None:
+        numbers = ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "encoder_type")
+        seen = ", ".join(f"{key} {config[key]}" for key in numbers if config.get(key) is not None)
+        raise ValueError(
+            f"no known decoder fits the latents of {kind} ({seen}): expected the autoencoder of one of "
+            f'{", ".join(SPACES)}. If it makes the same latents as one of them, name it: latent_space="..."'
+        )
+    return SPACES[found]
+
+
+def _same_statistics(config: Any) -> bool:
+    from diffusers import AutoencoderKLQwenImage
+
+    known = inspect.signature(AutoencoderKLQwenImage.__init__).parameters
+    return all(list(config[key]) == list(known[key].default) for key in ("latents_mean", "latents_std"))
+
+
+def unpack(
+    latents: torch.Tensor,
+    space: LatentSpace,
+    height: int | None = None,
+    width: int | None = None,
+    autoencoder: torch.nn.Module | None = None,
+) -> torch.Tensor:
+    """Latents as a pipeline denoises them, or returns them for `output_type="latent"`, as (B, C, h, w).
+
+    Args:
+        latents: (B, C, h, w); tokens (B, n, 4 C), of 2 x 2 cells each with channels (c, dy, dx); FLUX.2's tokens
+            (B, n, 128); one frame of a video autoencoder, (B, C, 1, h, w) or (B, 1, h, w, C); or what FLUX.2-klein
+            returns at the end: raw (B, 32, 2 h, 2 w), which are packed and normalised again.
+        height, width: of the pipeline's image in pixels, needed for tokens.
+        autoencoder: FLUX.2's, needed for raw latents.
+
+    Raises:
+        ValueError: another shape, several frames, or a size that does not fit the tokens.
+    """
+    shape = tuple(latents.shape)
+    if latents.ndim == 5:
+        if shape[1] != space.channels and shape[4] == space.channels:
+            latents = latents.permute(0, 4, 1, 2, 3)
+        if latents.shape[1] == space.channels and latents.shape[2] > 1:
+            raise ValueError(f"latents {shape} are {latents.shape[2]} frames of a video: expected those of one image")
+        latents = latents[:, :, 0]
+    elif latents.ndim == 3:
+        if height is None or width is None:
+            raise ValueError(f"latents {shape} are packed: give the height and width of the pipeline's image")
+        rows, columns = height // 16, width // 16
+        if shape[1] != rows * columns:
+            raise ValueError(
+                f"{shape[1]} latent tokens do not make an image of {height} x {width} pixels, which has "
+                f"{rows} x {columns}: give the pipeline's height and width, and latents of one image"
+            )
+        latents = latents.transpose(1, 2).unflatten(2, (rows, columns))
+        if latents.shape[1] == 4 * space.channels:
+            latents = F.pixel_shuffle(latents, 2)
+    elif latents.ndim == 4 and space.name == "flux2" and 4 * shape[1] == space.channels:
+        if autoencoder is None:
+            raise ValueError(f"latents {shape} are FLUX.2's raw ones: give its autoencoder, to normalise them")
+        latents = _normalise_flux2(autoencoder, latents)
+    if latents.ndim != 4 or latents.shape[1] != space.channels:
+        raise ValueError(f"latents {shape} are not of the {space.name} space: expected {space.channels} channels")
+    return latents
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, frame: Frame = "flow") -> torch.Tensor:
@@ -60,22 +200,50 @@ def _load_autoencoder(name: str, dtype: torch.dtype) -> torch.nn.Module:
     if not folder.is_dir():
         if name.count("/") != 1:
             raise ValueError(f'no encoder "{name}": expected "nano", a folder, a Hub id or "module:function"')
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "vae/*"]))
+        # A pipeline's root may hold its whole model in one file: take that only where there is no vae folder.
+        folder = download(name, ["vae/*"])
+        if not (folder / "vae").is_dir():
+            folder = download(name, ["config.json", "*.safetensors"])
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     try:
-        class_name = json.loads((folder / "config.json").read_text())["_class_name"]
+        config = json.loads((folder / "config.json").read_text())
+        class_name = "SiglipVisionModel" if config.get("model_type", "").startswith("siglip") else config["_class_name"]
     except (OSError, KeyError, ValueError):
-        raise ValueError(f"{folder}: expected a diffusers autoencoder, with its class in config.json") from None
+        raise ValueError(f"{folder}: expected a diffusers autoencoder, with its class in config.json, or a SigLIP model") from None
     if class_name == "TinyLatentEncoder":
         from pixeldecoder.models.encoder import TinyLatentEncoder
 
         return TinyLatentEncoder.from_pretrained(folder, torch_dtype=dtype)
+    if class_name == "SiglipVisionModel":
+        from transformers import SiglipVisionModel
+
+        return SiglipVisionModel.from_pretrained(folder, dtype=dtype)
     if class_name not in _ENCODE:
         known = ", ".join([*_ENCODE, "TinyLatentEncoder"])
         raise ValueError(f'{folder}: {class_name}: expected one of {known}, or a callable of yours ("module:function")')
     return getattr(diffusers, class_name).from_pretrained(folder, torch_dtype=dtype)
+
+
+def download(name: str, patterns: list[str]) -> Path:
+    """Files of a Hub repository, as a folder.
+
+    Raises:
+        ValueError: no such repository, or it cannot be reached; the message says what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except OSError as error:
+        raise unreachable(name, error) from None
+
+
+def unreachable(name: str, error: Exception) -> ValueError:
+    """For a Hub id that could not be loaded."""
+    return ValueError(
+        f"{name} could not be loaded from https://huggingface.co ({str(error).splitlines()[0]}). Without a network, "
+        "download it elsewhere and give the path of its file or folder; a private or gated one needs `hf auth login`"
+    )
 
 
 @torch.no_grad()
@@ -90,9 +258,14 @@ def _encode_kl(vae, image):
 
 
 def _encode_flux2(vae, image):
-    packed = F.pixel_unshuffle(vae.encode(image).latent_dist.mode(), 2)  # channels (c, dy, dx)
+    return _normalise_flux2(vae, vae.encode(image).latent_dist.mode())
+
+
+def _normalise_flux2(vae, raw):
+    packed = F.pixel_unshuffle(raw, 2)  # channels (c, dy, dx)
     std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-    return (packed - vae.bn.running_mean[:, None, None]) / std[:, None, None]
+    mean = vae.bn.running_mean[:, None, None].to(packed)
+    return (packed - mean) / std[:, None, None].to(packed)
 
 
 def _encode_qwen_image(vae, image):
@@ -110,10 +283,20 @@ def _encode_rae(vae, image):
     return vae.encode(image / 2 + 0.5).latent
 
 
+def _encode_siglip(model, image):
+    # 224 px of a 256 px image: 14 px to a token, 16 px to a latent cell. It is normalised with mean and std .5.
+    height, width = (side * 14 // 16 for side in image.shape[-2:])
+    small = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    hidden = model(small, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-1]
+    tokens = F.layer_norm(hidden, hidden.shape[-1:])  # hidden: before the model's own last norm
+    return tokens.transpose(1, 2).unflatten(2, (height // 14, width // 14))
+
+
 _ENCODE: dict[str, Callable] = {
     "AutoencoderKL": _encode_kl,
     "AutoencoderKLFlux2": _encode_flux2,
     "AutoencoderKLQwenImage": _encode_qwen_image,
     "AutoencoderTiny": _encode_tiny,
     "AutoencoderRAE": _encode_rae,
+    "SiglipVisionModel": _encode_siglip,
 }

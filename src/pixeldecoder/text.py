@@ -1,9 +1,18 @@
 """Captions in, prompt embeddings (B, 300, 2304) out (method: Prompts)."""
 
+import hashlib
 import inspect
+import os
+from pathlib import Path
+from typing import Literal
 
 import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
 
 TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 """The ungated copy of google/gemma-2-2b-it, whose last hidden state the released networks read."""
@@ -22,9 +31,19 @@ def instruction() -> str:
 def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel
 ) -> torch.Tensor:
-    """Last hidden states (B, 300, Dt) of instruction + caption: those of the start token and of the last 299 tokens."""
+    """Last hidden states (B, 300, Dt) of instruction + caption: those of the start token and of the last 299 tokens.
+
+    A longer caption is cut, with a warning that says what was lost.
+    """
     prefix = instruction()
     length = len(tokenizer(prefix).input_ids) + MAX_TOKENS - 2
+    for prompt in prompts:
+        lost = tokenizer(prefix + prompt).input_ids[length:]
+        if lost:
+            logger.warning(
+                f"the prompt is {len(lost)} tokens longer than the {MAX_TOKENS - 2} that the decoder reads; this was "
+                f"cut: {tokenizer.decode(lost)!r}"
+            )
     # Set here, not where the tokenizer is made: Gemma's default is left, and the selection below counts on right.
     tokenizer.padding_side = "right"
     tokens = tokenizer(
@@ -39,18 +58,100 @@ def encode_prompts(
 
 
 class PromptEncoder:
-    """A frozen text encoder by its name: captions in, embeddings out; the empty caption's are computed once.
+    """A frozen text encoder that is loaded when a caption comes that it has not seen: captions in, embeddings out.
 
     Args:
         name: folder or Hub id of Gemma-2 with its tokenizer.
+        device: where it runs, "cpu" too beside a decoder on a GPU.
+        quantization: of its weights, by bitsandbytes (`pip install "pixeldecoder[quantize]"`).
+        cache: folder in which embeddings are kept, each in a file named after its content (see `prompt_cache`); `None`
+            keeps them in memory alone.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu"):
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval().requires_grad_(False)
-        self.empty = encode_prompts([""], self.tokenizer, self.model)
+    def __init__(
+        self,
+        name: str = TEXT_ENCODER,
+        device: torch.device | str = "cpu",
+        quantization: Literal["8bit", "4bit"] | None = None,
+        cache: Path | None = None,
+    ):
+        self.name, self.device, self.quantization, self.cache = name, torch.device(device), quantization, cache
+        self._parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+        self._seen: dict[str, torch.Tensor] = {}
 
     def __call__(self, prompts: list[str]) -> torch.Tensor:
         """(B, 300, Dt)."""
-        return torch.cat([encode_prompts([p], self.tokenizer, self.model) if p else self.empty for p in prompts])
+        return torch.cat([self._one(prompt) for prompt in prompts]).to(self.device)
+
+    def unload(self) -> None:
+        """Free the model's memory; what was encoded stays known."""
+        self._parts = None
+
+    def _one(self, prompt: str) -> torch.Tensor:
+        key = hashlib.sha256("\0".join([self.name, str(self.quantization), instruction(), prompt]).encode()).hexdigest()
+        if key in self._seen:
+            return self._seen[key]
+        path = self.cache / f"{key}.safetensors" if self.cache is not None else None
+        if path is not None and path.is_file():
+            embeds = load_prompt_embeds(path)
+        else:
+            embeds = encode_prompts([prompt], *self._load()).cpu()
+            if path is not None:
+                save_prompt_embeds(embeds, path, prompt)
+        if prompt == "" or self.cache is not None:  # training's captions are too many to keep
+            self._seen[key] = embeds
+        return embeds
+
+    def _load(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        if self._parts is None:
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            kwargs = {}
+            if self.quantization is not None:
+                from transformers import BitsAndBytesConfig
+                from transformers.utils import is_bitsandbytes_available
+
+                if not is_bitsandbytes_available():
+                    raise ValueError(
+                        'a quantised text encoder needs bitsandbytes: pip install "pixeldecoder[quantize]"'
+                    )
+                bits = {"8bit": dict(load_in_8bit=True), "4bit": dict(load_in_4bit=True)}[self.quantization]
+                kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": self.device})
+            from pixeldecoder.latents import unreachable
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.name)
+                model = AutoModel.from_pretrained(self.name, dtype=dtype, **kwargs)
+            except OSError as error:
+                raise unreachable(self.name, error) from None
+            model = model if self.quantization else model.to(self.device)
+            self._parts = tokenizer, model.eval().requires_grad_(False)
+        return self._parts
+
+
+def prompt_cache() -> Path:
+    """Where the command keeps prompt embeddings: $PIXELDECODER_CACHE, or pixeldecoder in the user's cache folder."""
+    base = os.environ.get("PIXELDECODER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "pixeldecoder"
+    return Path(base).expanduser() / "prompts"
+
+
+def save_prompt_embeds(embeds: torch.Tensor, path: Path, prompt: str = "") -> None:
+    """Prompt embeddings (B, T, Dt) to a .safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({"prompt_embeds": embeds.contiguous()}, temporary, metadata={"prompt": prompt})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_prompt_embeds(path: Path) -> torch.Tensor:
+    """Prompt embeddings (B, T, Dt) that `save_prompt_embeds` wrote.
+
+    Raises:
+        ValueError: no such file, or another.
+    """
+    try:
+        return load_file(path)["prompt_embeds"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f'{path}: expected a .safetensors file with "prompt_embeds" ({error})') from None

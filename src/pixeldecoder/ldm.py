@@ -1,0 +1,299 @@
+"""A diffusers pipeline in, its latents after any step with their sigma out; and images decoded from them."""
+
+import functools
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
+
+from pixeldecoder.latents import Frame, LatentSpace, find_latent_space, unpack
+from pixeldecoder.pipeline import PixelDecoderPipeline
+
+FEW_STEPS = 12
+"""Up to here a run is a distilled model's, and "auto" goes to the end."""
+_STOPS = {"ZImage": 46 / 50, "Flux2Klein": 1.0}
+"""Recommended stops of pipelines that differ from their latent space's, by the beginning of their name."""
+_REFUSED = {
+    "Ideogram4": "it orders FLUX.2's channels in another way and has statistics of its own",
+    "Cosmos": "its latents are noised in a frame of their own",
+    "QwenImageLayered": "it makes several layers at once",
+}
+
+
+@dataclass
+class PartlyDenoised:
+    """What `partly_denoise` took from a pipeline."""
+
+    latents: torch.Tensor
+    """Normalised, (B, C, h, w) float32, in the frame of their space."""
+    sigma: float
+    """Their noise level in [0, 1]: what the decoder is told."""
+    step: int
+    """Steps that the latent model made before they were taken."""
+    steps: int
+    """Steps of its whole run."""
+    space: LatentSpace
+    images: list[Image.Image] | None = None
+    """What the pipeline's own autoencoder makes of the finished latents, if it was let finish."""
+
+
+@dataclass
+class Generated:
+    images: list[Image.Image]
+    """Decoded by the pixel decoder."""
+    taken: PartlyDenoised
+
+
+class _StopRun(Exception):
+    pass
+
+
+def parse_stop(stop_at: int | float | str | None) -> tuple[str, float]:
+    """A stop as ("step", K), ("share", 0 to 1), ("sigma", 0 to 1) or ("auto", 0).
+
+    Raises:
+        ValueError: anything else.
+    """
+    text = "1.0" if stop_at is None else str(stop_at).strip()
+    if text == "auto":
+        return "auto", 0.0
+    kind, number = ("sigma", text.removeprefix("sigma=")) if text.startswith("sigma=") else ("", text)
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not kind:
+        kind = "step" if number.lstrip("+-").isdigit() else "share"
+    fits = {"step": value >= 1, "share": 0 < value <= 1, "sigma": 0 <= value < 1}
+    if not fits[kind]:
+        raise ValueError(
+            f'stop_at={stop_at!r}: expected a step (1 or more), a share of the steps in (0, 1] such as 0.85, "sigma=X" '
+            'with X in [0, 1), or "auto"'
+        )
+    return kind, value
+
+
+@torch.no_grad()
+def partly_denoise(
+    pipe: DiffusionPipeline,
+    stop_at: int | float | str | None = "auto",
+    *,
+    latent_space: str | None = None,
+    finish: bool = False,
+    **kwargs: Any,
+) -> PartlyDenoised:
+    """Run any latent diffusion pipeline and stop it after a step.
+
+    The remaining steps are not run, nor is its autoencoder. (A `callback_on_step_end` is called after every step but
+    the one at which the run stops.)
+
+    Args:
+        pipe: text to image, or another that denoises the latents of one image.
+        stop_at: a step K (int): after K steps; a share (float in (0, 1]) of the steps; "sigma=X": after the first step
+            whose noise level, in the decoder's frame, is at most X; "auto": where the paper stops this family, the end
+            for runs of up to 12 steps; `None`: the end.
+        latent_space: its name, if the autoencoder does not tell.
+        finish: let the pipeline finish after all, and keep its own images.
+        kwargs: everything for the pipeline's call.
+
+    Raises:
+        ValueError: no known decoder fits the pipeline, or a stop outside the run.
+    """
+    kind, value = parse_stop(stop_at)
+    space = pipeline_latent_space(pipe, latent_space)
+    name = type(pipe).__name__
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "num_inference_steps" in parameters and kwargs.get("sigmas") is None and kwargs.get("timesteps") is None:
+        planned = kwargs.get("num_inference_steps", parameters["num_inference_steps"].default)
+        _check_stop(kind, value, planned)
+    height, width = (_side(pipe, key, kwargs) for key in ("height", "width"))
+    scheduler = pipe.scheduler
+    step = scheduler.step
+    calls, first = 0, 0
+    taken: PartlyDenoised | None = None
+
+    @functools.wraps(step)
+    def step_and_look(model_output, timestep, *args, **step_kwargs):
+        nonlocal calls, first, taken
+        result = step(model_output, timestep, *args, **step_kwargs)
+        calls += 1
+        index = _steps_made(scheduler, timestep)
+        if calls == 1:
+            first = index - 1  # an image-to-image run starts later
+            _check_stop(kind, value, len(scheduler.timesteps) - first)
+        steps = len(scheduler.timesteps) - first
+        signal, noise = signal_and_noise(scheduler, index)
+        total = signal + noise if space.frame == "flow" else math.hypot(signal, noise)
+        if taken is None:
+            share = next((stop for start, stop in _STOPS.items() if name.startswith(start)), space.stop)
+            last = {
+                "step": value,
+                "share": max(1, round(value * steps)),
+                "auto": steps if steps <= FEW_STEPS else round(share * steps),
+                "sigma": calls if noise / total <= value else steps,
+            }[kind]
+            if calls >= last:
+                latents = unpack(result[0].detach(), space, height, width, getattr(pipe, "vae", None))
+                taken = PartlyDenoised(latents.float() / total, noise / total, calls, steps, space)
+                if not finish:
+                    raise _StopRun
+        return result
+
+    scheduler.step = step_and_look
+    try:
+        images = pipe(**kwargs)[0]
+    except _StopRun:
+        images = None
+    finally:
+        del scheduler.step
+    pipe.maybe_free_model_hooks()
+    if taken is None:
+        raise ValueError(f"{name} made {calls} steps and did not come to stop_at={stop_at!r}: it cannot be stopped")
+    taken.images = images
+    return taken
+
+
+def generate(
+    pipe: DiffusionPipeline,
+    decoder: PixelDecoderPipeline,
+    prompt: str | list[str],
+    *,
+    stop_at: int | float | str | None = "auto",
+    seed: int | Sequence[int] | None = 0,
+    latent_space: str | None = None,
+    compare: bool = False,
+    offload: bool = False,
+    decoder_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Generated:
+    """Prompt in, image out: the latent model, stopped early, then the pixel decoder.
+
+    Args:
+        pipe, stop_at, latent_space: as in `partly_denoise`.
+        decoder: of the same latent space.
+        prompt: one or several; the decoder reads it too. With `prompt_embeds` for the pipeline, the decoder alone does.
+        seed: of the first image, the next ones count on; or one for each image; `None` if a `generator` is given. It
+            seeds the latent model and, again, the decoder.
+        compare: let the pipeline finish, and return its own images in `.taken.images`.
+        offload: keep on the device only the model that is running.
+        decoder_kwargs: for the decoder's call: `num_inference_steps`, `prompt_embeds`, ...
+        kwargs: everything else for the pipeline's call: `num_images_per_prompt`, `negative_prompt`, ...
+
+    Raises:
+        ValueError: a decoder of another latent space, a wrong number of seeds, or as `partly_denoise`.
+    """
+    check_decoder(decoder, pipeline_latent_space(pipe, latent_space))
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    per_prompt = kwargs.get("num_images_per_prompt", 1)
+    count = len(prompts) * per_prompt
+    decoder_kwargs = dict(decoder_kwargs or {})
+    if seed is not None:
+        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise ValueError(f"expected one seed, or one for each of {count} images, got {len(seeds)}")
+        # On the CPU, so that a seed gives the same noise on every device.
+        kwargs.setdefault("generator", [torch.Generator().manual_seed(s) for s in seeds])
+        decoder_kwargs.setdefault("generator", [torch.Generator().manual_seed(s) for s in seeds])
+    if kwargs.get("prompt_embeds") is None:
+        kwargs["prompt"] = prompt
+    device = decoder._execution_device
+    if offload and device.type != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
+        decoder.enable_model_cpu_offload(device=device)
+    taken = partly_denoise(pipe, stop_at, latent_space=latent_space, finish=compare, **kwargs)
+    if len(taken.latents) != count:
+        raise ValueError(f"the pipeline made {len(taken.latents)} images for {len(prompts)} prompts x {per_prompt}")
+    decoder_kwargs.setdefault("prompt", [p for p in prompts for _ in range(per_prompt)])
+    images = []
+    for i in range(count):  # one by one, so that memory does not grow with their number
+        one = {key: _one(argument, i, count) for key, argument in decoder_kwargs.items()}
+        images += decoder(taken.latents[i : i + 1], sigma=taken.sigma, **one).images
+    return Generated(images, taken)
+
+
+def pipeline_latent_space(pipe: DiffusionPipeline, name: str | None = None) -> LatentSpace:
+    """The latent space that a pipeline denoises, or the one called `name`.
+
+    Raises:
+        ValueError: no known decoder fits it.
+    """
+    kind = type(pipe).__name__
+    if name is None:
+        if why := next((why for start, why in _REFUSED.items() if kind.startswith(start)), None):
+            raise ValueError(f"no known decoder fits {kind}: {why}")
+        if getattr(pipe, "vae", None) is None or not hasattr(pipe, "scheduler"):
+            raise ValueError(f"{kind} has no autoencoder (vae) and scheduler: expected a latent diffusion pipeline")
+    return find_latent_space(getattr(pipe, "vae", None), name)
+
+
+def check_decoder(decoder: PixelDecoderPipeline, space: LatentSpace) -> None:
+    """Raises ValueError if a decoder is not for this latent space."""
+    config = decoder.transformer.config
+    known = decoder.config.latent_space
+    ours = f"decodes {known or f'{config.latent_channels} channels at 1/{config.latent_downscale_factor} size'}"
+    if config.latent_channels is None:
+        raise ValueError("this network is a text-to-image prior, which decodes no latents")
+    if (known or space.name) != space.name or (config.latent_channels, config.latent_downscale_factor) != (
+        space.channels,
+        space.downscale_factor,
+    ):
+        raise ValueError(
+            f"the decoder {ours}, but the latents are of the {space.name} space ({space.channels} channels at "
+            f'1/{space.downscale_factor} size): use one for that space, such as "{space.preset}"'
+        )
+
+
+def signal_and_noise(scheduler: SchedulerMixin, index: int) -> tuple[float, float]:
+    """(a, s): after `index` of its timesteps a scheduler's latents are a z + s noise."""
+    if hasattr(scheduler, "sigmas"):
+        sigma = float(scheduler.sigmas[index])
+        config = scheduler.config
+        if (
+            type(scheduler).__name__.startswith("FlowMatch")
+            or config.get("use_flow_sigmas")
+            or config.get("prediction_type") == "flow_prediction"
+        ):
+            return 1 - sigma, sigma
+        if scheduler.init_noise_sigma > 1:  # Euler, Heun, LMS, ...: unscaled signal
+            return 1.0, sigma
+        return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)  # DPM-Solver, UniPC, ...
+    if index >= len(scheduler.timesteps):
+        return 1.0, 0.0
+    alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])])  # DDIM, DDPM, LCM, ...
+    return math.sqrt(alpha), math.sqrt(1 - alpha)
+
+
+def _steps_made(scheduler: SchedulerMixin, timestep: torch.Tensor | float) -> int:
+    """How many of its timesteps a scheduler has made, the given one the last."""
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = int((scheduler.timesteps == torch.as_tensor(timestep).to(scheduler.timesteps)).nonzero()[0]) + 1
+    return int(index)
+
+
+def _check_stop(kind: str, value: float, steps: int) -> None:
+    if kind == "step" and value > steps:
+        raise ValueError(f"stop_at={value:g}: the latent model makes only {steps} steps: give 1 to {steps}")
+
+
+def _side(pipe: DiffusionPipeline, key: str, kwargs: dict[str, Any]) -> int | None:
+    """Height or width of the pipeline's image in pixels, its own default if none is given."""
+    if kwargs.get(key):
+        return kwargs[key]
+    cells, factor = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)
+    return cells * factor if isinstance(cells, int) and factor else None
+
+
+def _one(argument: Any, i: int, count: int) -> Any:
+    """The i-th image's share of an argument for several."""
+    if isinstance(argument, list) and len(argument) == count:
+        return argument[i]
+    if isinstance(argument, torch.Tensor) and argument.ndim == 3 and len(argument) == count:
+        return argument[i : i + 1]
+    return argument
