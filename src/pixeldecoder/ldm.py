@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
-from pixeldecoder.latents import Frame, LatentSpace, find_latent_space, unpack
+from pixeldecoder.latents import LatentSpace, find_latent_space, unpack
 from pixeldecoder.pipeline import PixelDecoderPipeline
 
 FEW_STEPS = 12
@@ -50,7 +50,7 @@ class Generated:
     taken: PartlyDenoised
 
 
-class _StopRun(Exception):
+class _StopRun(Exception):  # noqa: N818
     pass
 
 

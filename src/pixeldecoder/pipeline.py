@@ -1,5 +1,6 @@
 """Latents in, an image 4 or 8 times larger than their autoencoder's out: `PixelDecoderPipeline`."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pixeldecoder.latents import SPACES, ImageEncoder, add_noise, encode, unreachable
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import HUB_REPOSITORY, PRESETS, RELEASED_LICENSE, find_preset
-from pixeldecoder.text import TEXT_ENCODER, encode_prompts
+from pixeldecoder.text import PromptEncoder, encode_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -40,9 +42,16 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         scheduler: `FlowMatchLCMScheduler(shift=1)` samples a student as released (SDE);
             `FlowMatchEulerDiscreteScheduler(shift=1)` without fresh noise (ODE); `teacher_scheduler()` a network that
             is not distilled.
-        text_encoder, tokenizer: Gemma-2, for networks with text, if prompts are to be encoded here.
+        text_encoder, tokenizer: Gemma-2, for networks with text, if it is to be saved and moved with them.
         encoder: image to normalised latents, if images are to be encoded here.
         default_num_inference_steps, default_guidance_scale: what the network was made for.
+        latent_space: whose latents it decodes, a key of `pixeldecoder.latents.SPACES`, if that is known: weights do not
+            tell "flux", "sd3" and "qwenimage" apart.
+        license: of the weights, which is printed once when they are loaded.
+
+    Attributes:
+        prompt_encoder: `PromptEncoder`, for prompts where there is no `text_encoder`: Gemma-2 from the Hub, loaded at
+            the first prompt. Replace it to have it cached, quantised or elsewhere.
     """
 
     model_cpu_offload_seq = "text_encoder->encoder->transformer"
@@ -58,6 +67,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         encoder: TinyLatentEncoder | None = None,
         default_num_inference_steps: int = 4,
         default_guidance_scale: float = 1.0,
+        latent_space: str | None = None,
+        license: str | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -68,8 +79,12 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             encoder=encoder,
         )
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            latent_space=latent_space,
+            license=license,
         )
+        self.prompt_encoder = PromptEncoder()
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod
@@ -85,20 +100,30 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             ValueError: a name that is none of these, or a file that is no checkpoint.
         """
         name = str(pretrained_model_name_or_path)
-        if name == "nano":
-            return super().from_pretrained(NANO, **kwargs)
         if name in PRESETS:
             from huggingface_hub import hf_hub_download
 
-            return cls.from_single_file(hf_hub_download(HUB_REPOSITORY, PRESETS[name].filename), preset=name, **kwargs)
+            try:
+                path = hf_hub_download(HUB_REPOSITORY, PRESETS[name].filename)
+            except OSError as error:
+                raise unreachable(f"{HUB_REPOSITORY}/{PRESETS[name].filename}", error) from None
+            return cls.from_single_file(path, preset=name, **kwargs)
         if Path(name).is_file():
             return cls.from_single_file(name, **kwargs)
-        if not Path(name).is_dir() and name.count("/") != 1:
+        if name != "nano" and not Path(name).is_dir() and name.count("/") != 1:
             raise ValueError(
                 f'no decoder "{name}": expected "nano", a folder, a checkpoint file, a Hub id (owner/name) or one of '
                 f"the released names {', '.join(PRESETS)}"
             )
-        return super().from_pretrained(name, **kwargs)
+        try:
+            pipeline = super().from_pretrained(NANO if name == "nano" else name, **kwargs)
+        except OSError as error:
+            if name == "nano" or Path(name).is_dir():
+                raise
+            raise unreachable(name, error) from None
+        if pipeline.config.license:
+            _print_license(name, pipeline.config.license)
+        return pipeline
 
     @classmethod
     def from_single_file(
@@ -109,12 +134,14 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         transformer = PixelDecoderTransformer2DModel.from_single_file(path, preset, torch_dtype, **overrides)
         if known is None:
             return cls(transformer, FlowMatchLCMScheduler(shift=1.0))
-        logger.warning(f"{known.name}: {RELEASED_LICENSE}")
+        _print_license(known.name, RELEASED_LICENSE)
         return cls(
             transformer,
             FlowMatchLCMScheduler(shift=1.0) if known.distilled else teacher_scheduler(),
             default_num_inference_steps=known.num_inference_steps,
             default_guidance_scale=known.guidance_scale,
+            latent_space=known.latent_space,
+            license=RELEASED_LICENSE,
         )
 
     @torch.no_grad()
@@ -217,55 +244,75 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def encode_image(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        """Image -> normalised latents, by the pipeline's encoder.
+    def encode_image(self, image: Image.Image | torch.Tensor, encoder: ImageEncoder | None = None) -> torch.Tensor:
+        """Image -> normalised latents.
 
         Args:
-            image: a picture, or a tensor (B, 3, H, W) in [-1, 1]; sides that are no multiples of 8 are padded by
-                repeating the edge.
+            image: a picture, or a tensor (B, 3, H, W) in [-1, 1]; sides that are no multiples of a latent cell are
+                padded by repeating the edge.
+            encoder: of the decoder's latent space, from `pixeldecoder.latents.load_image_encoder`; by default the
+                pipeline's own.
 
         Returns:
-            Latents (B, C, ceil(H / 8), ceil(W / 8)).
+            Latents (B, C, ceil(H / f), ceil(W / f)).
 
         Raises:
-            ValueError: the pipeline has no encoder, or the image is less than 16 px wide or high.
+            ValueError: no encoder, one of another latent space or for other sizes, or an image of less than 16 px.
         """
-        if self.encoder is None:
-            raise ValueError('this decoder has no encoder: give latents, or use "nano", which has one')
+        config = self.transformer.config
+        own = self.encoder
+        if encoder is None and own is not None:
+            encoder = lambda x: encode(own, x.to(own.device, own.dtype)).float()  # noqa: E731
+        if encoder is None:
+            known = SPACES.get(self.config.latent_space or "")
+            example = f', such as load_image_encoder("{known.encoder}")' if known else ""
+            raise ValueError(f"this decoder has no encoder of its own: give one for its latent space{example}")
         if isinstance(image, Image.Image):
             image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
         height, width = image.shape[-2:]
         if min(height, width) < 16:
             raise ValueError(f"expected an image of at least 16 x 16 pixels, got {width} x {height}")
-        image = F.pad(image, (0, -width % 8, 0, -height % 8), mode="replicate")
-        return self.encoder(image.to(self._execution_device, self.encoder.dtype)).float()
+        cell = config.latent_downscale_factor
+        image = F.pad(image, (0, -width % cell, 0, -height % cell), mode="replicate")
+        latents = encoder(image.to(self._execution_device))
+        expected = (len(image), config.latent_channels, *(side // cell for side in image.shape[-2:]))
+        if tuple(latents.shape) != expected:
+            raise ValueError(
+                f"of an image of {width} x {height} pixels the encoder makes latents {tuple(latents.shape)}, but the "
+                f"decoder expects {expected}: it is of another latent space, or for images of one size only"
+            )
+        return latents
 
     def upscale(
         self,
         image: Image.Image,
         sigma: float = 0.0,
         noise_generator: torch.Generator | None = None,
+        encoder: ImageEncoder | None = None,
         **kwargs,
     ) -> ImagePipelineOutput:
         """Encode an image and decode it larger.
 
         Args:
             image: a picture of at least 16 x 16 pixels.
-            sigma: how much noise, in [0, 1], is really added to the latents; more of it invents more.
+            sigma: how much noise, in [0, 1], is really added to the latents, in the frame of their space; more of it
+                invents more.
             noise_generator: of that noise alone, so that another sigma leaves the sampler's noise as it is.
+            encoder: as in `encode_image`.
             kwargs: for `__call__`.
 
         Returns:
             As `__call__`, the image exactly `scale` times the size of the input.
         """
-        sigma = float(self._check_sigma(sigma, 1, torch.device("cpu")))
-        latents = self.encode_image(image)
+        levels = self._check_sigma(sigma, 1, torch.device("cpu"))
+        latents = self.encode_image(image, encoder)
         if sigma > 0:
             noise = randn_tensor(latents.shape, generator=noise_generator, device=latents.device, dtype=latents.dtype)
-            latents = (1 - sigma) * latents + sigma * noise
+            space = SPACES.get(self.config.latent_space or "")
+            latents = add_noise(latents, noise, levels, space.frame if space else "flow")
         output_type = kwargs.pop("output_type", "pil")
         scale = self.transformer.config.scale
-        images = self(latents, sigma=sigma, output_type="pt", **kwargs).images
+        images = self(latents, sigma=float(levels), output_type="pt", **kwargs).images
         images = images[..., : image.height * scale, : image.width * scale]
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
@@ -317,12 +364,13 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         if width is None:
             return None
         if embeds is None:
-            if prompt is None or self.text_encoder is None or self.tokenizer is None:
-                raise ValueError(
-                    f"this decoder reads text: expected {name}_embeds (B, T, {width}), or {name} and a pipeline with "
-                    f"text_encoder and tokenizer ({TEXT_ENCODER})"
-                )
-            embeds = encode_prompts([prompt] if isinstance(prompt, str) else prompt, self.tokenizer, self.text_encoder)
+            if prompt is None:
+                raise ValueError(f"this decoder reads text: expected {name} or {name}_embeds (B, T, {width}), got none")
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if self.text_encoder is None or self.tokenizer is None:
+                embeds = self.prompt_encoder(prompts)
+            else:
+                embeds = encode_prompts(prompts, self.tokenizer, self.text_encoder)
         if embeds.ndim != 3 or embeds.shape[2] != width or len(embeds) not in (1, batch):
             raise ValueError(f"expected {name}_embeds of shape (1 or {batch}, T, {width}), got {tuple(embeds.shape)}")
         return embeds.to(self._execution_device).expand(batch, -1, -1)
@@ -346,6 +394,12 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             scheduler.set_timesteps(sigmas=times, device=device)
         scheduler.set_begin_index(0)
         return scheduler
+
+
+@functools.cache
+def _print_license(name: str, license: str) -> None:
+    """Once for each checkpoint and process."""
+    logger.warning(f"{name}: {license}")
 
 
 def student_times(steps: int) -> list[float]:
