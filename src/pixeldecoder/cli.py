@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -243,7 +244,7 @@ class Encode:
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
                 latents = encoder(image.to(device)).cpu().contiguous()
-            write_whole(target, lambda file, latents=latents: save_file({"latents": latents}, file))
+            write_whole(target, partial(save_file, {"latents": latents}))
 
 
 @dataclass(kw_only=True)

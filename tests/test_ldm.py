@@ -1,0 +1,382 @@
+"""Real pipelines stopped after every step, against what they do by themselves; and images decoded from them."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    QwenImageEditPipeline,
+    QwenImagePipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from conftest import Golden
+from families import FAMILIES, SIZE, build, kl, sdxl, z_image
+from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.latents import SPACES, encode, find_latent_space, unpack
+from pixeldecoder.ldm import generate, parse_stop, partly_denoise, pipeline_latent_space, signal_and_noise
+
+STEPS = 4
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def arguments(kwargs: dict) -> dict:
+    return kwargs if "prompt_embeds" in kwargs else kwargs | {"prompt": "a red cat"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """A pipeline, and what its own callback sees after every step of a whole run, with its output."""
+    pipe, kwargs = build(request.param)
+    kwargs = arguments(kwargs) | {"num_inference_steps": STEPS}
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    output = pipe(**kwargs, generator=seeded(), output_type="latent", callback_on_step_end=look)[0]
+    sigmas = pipe.scheduler.sigmas.clone()
+    return SimpleNamespace(
+        name=request.param, space=SPACES[FAMILIES[request.param][1]], pipe=pipe, kwargs=kwargs, seen=seen,
+        output=output, sigmas=sigmas,
+    )  # fmt: skip
+
+
+def truth(family, step: int) -> tuple[torch.Tensor, float]:
+    """Normalised latents after a step and their sigma, by the pipeline's own unpacking and the scheduler's sigmas."""
+    latents, sigma = family.seen[step - 1], family.sigmas[step].item()
+    if family.name == "FLUX.1":
+        latents = FluxPipeline._unpack_latents(latents, SIZE["height"], SIZE["width"], 8)
+    elif family.name == "Qwen-Image":
+        latents = QwenImagePipeline._unpack_latents(latents, SIZE["height"], SIZE["width"], 8)[:, :, 0]
+    elif family.name.startswith("FLUX.2"):
+        ids = Flux2Pipeline._prepare_latent_ids(torch.zeros(1, 128, 2, 4))
+        latents = Flux2Pipeline._unpack_latents_with_ids(latents, ids)
+    elif family.name == "SDXL":
+        latents, sigma = latents / math.sqrt(sigma**2 + 1), sigma / math.sqrt(sigma**2 + 1)
+    return latents, sigma
+
+
+def denormalised(family, latents: torch.Tensor) -> torch.Tensor:
+    """What the autoencoder's `decode` takes."""
+    vae = family.pipe.vae
+    if family.name == "Qwen-Image":
+        mean, std = (torch.tensor(x)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+        return latents * std + mean
+    if family.name.startswith("FLUX.2"):
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return Flux2Pipeline._unpatchify_latents(latents * std[:, None, None] + vae.bn.running_mean[:, None, None])
+    scale, shift = {"SD3": (1.5305, 0.0609), "SDXL": (0.13025, 0.0)}.get(family.name, (0.3611, 0.1159))
+    return latents / scale + shift
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_stops(family, step):
+    denoiser = family.pipe.unet if family.name == "SDXL" else family.pipe.transformer
+    calls = []
+    hook = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        taken = partly_denoise(family.pipe, step, **family.kwargs, generator=seeded())
+    finally:
+        hook.remove()
+    latents, sigma = truth(family, step)
+    assert (taken.step, taken.steps, taken.space) == (step, STEPS, family.space)
+    assert len(calls) == step  # guidance goes in one batch
+    torch.testing.assert_close(taken.latents, latents)
+    assert taken.sigma == pytest.approx(sigma, abs=1e-6)
+    assert taken.sigma == 0 if step == STEPS else 0 < taken.sigma < 1
+    # The mistake of several ports would not pass.
+    mistaken = denormalised(family, latents)
+    assert mistaken.shape != latents.shape or (mistaken - latents).abs().max() > 0.05
+
+
+def test_finished_latents_are_the_images(family):
+    """The pipeline's image is its autoencoder's decoding of our latents."""
+    taken = partly_denoise(family.pipe, 2, finish=True, **family.kwargs, generator=seeded(), output_type="pt")
+    assert taken.step == 2
+    end = partly_denoise(family.pipe, None, **family.kwargs, generator=seeded())
+    raw = denormalised(family, end.latents)
+    vae = family.pipe.vae
+    with torch.no_grad():
+        image = vae.decode(raw[:, :, None])[0][:, :, 0] if family.name == "Qwen-Image" else vae.decode(raw)[0]
+    torch.testing.assert_close((image / 2 + 0.5).clamp(0, 1), taken.images, rtol=1e-3, atol=1e-3)
+
+
+def test_output_of_the_pipeline(family):
+    """`output_type="latent"`; FLUX.2-klein's is raw."""
+    latents = unpack(family.output, family.space, **SIZE, autoencoder=family.pipe.vae)
+    torch.testing.assert_close(latents, truth(family, STEPS)[0], rtol=1e-4, atol=1e-4)
+    assert (family.output.shape[1] == 32) == (family.name == "FLUX.2-klein")
+
+
+def test_encoding_is_the_pipelines_own(family):
+    vae = family.pipe.vae
+    image = torch.rand(1, 3, 32, 64, generator=seeded()) * 2 - 1
+    own = SimpleNamespace(
+        vae=vae, latent_channels=16, _patchify_latents=Flux2Pipeline._patchify_latents, dtype=torch.float32
+    )
+    with torch.no_grad():
+        if family.name in ("FLUX.1", "Z-Image"):
+            expected = FluxKontextPipeline._encode_vae_image(own, image, None)
+        elif family.name == "Qwen-Image":
+            expected = QwenImageEditPipeline._encode_vae_image(own, image[:, :, None], None)[:, :, 0]
+        elif family.name.startswith("FLUX.2"):
+            expected = Flux2Pipeline._encode_vae_image(own, image, None)
+        else:
+            mean = vae.encode(image).latent_dist.mean
+            expected = (mean - 0.0609) * 1.5305 if family.name == "SD3" else mean * 0.13025
+    found = encode(vae, image)
+    torch.testing.assert_close(found, expected)
+    assert found.shape[1] == family.space.channels
+
+
+@pytest.mark.parametrize(
+    ("stop", "steps", "expected"),
+    [("auto", 4, 4), ("auto", 28, 24), (0.5, 8, 4), ("0.5", 8, 4), ("3", 4, 3), (None, 4, 4), ("sigma=0.7", 8, 4)],
+)
+def test_stop_kinds(stop, steps, expected):
+    pipe, kwargs = build("FLUX.1")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # sigmas 1, 1 - 1/n, ... to 1/n, 0
+    taken = partly_denoise(pipe, stop, **arguments(kwargs), num_inference_steps=steps)
+    if stop == "sigma=0.7":
+        sigmas = pipe.scheduler.sigmas.tolist()
+        expected = next(k for k, sigma in enumerate(sigmas) if sigma <= 0.7)
+        assert sigmas[expected] <= 0.7 < sigmas[expected - 1]
+    assert (taken.step, taken.steps) == (expected, steps)
+
+
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(**BETAS),
+        EulerAncestralDiscreteScheduler(**BETAS),
+        HeunDiscreteScheduler(**BETAS),
+        DPMSolverMultistepScheduler(**BETAS),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        UniPCMultistepScheduler(**BETAS),
+        DDIMScheduler(**BETAS),
+        DDPMScheduler(**BETAS),
+        LCMScheduler(**BETAS),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_frames_of_schedulers(scheduler):
+    """Latents that a scheduler itself noised."""
+    scheduler.set_timesteps(8)
+    z, noise = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    for index in (1, 4, 7):
+        signal, s = signal_and_noise(scheduler, index)
+        expected = scheduler.add_noise(z, noise, scheduler.timesteps[index : index + 1])
+        torch.testing.assert_close(signal * z + s * noise, expected, rtol=1e-3, atol=1e-3)
+    assert signal_and_noise(scheduler, len(scheduler.timesteps)) == pytest.approx((1, 0), abs=0.05)
+
+
+def test_other_schedulers_end_in_the_same_frame():
+    for scheduler in (DPMSolverMultistepScheduler(**BETAS), DDIMScheduler(**BETAS, clip_sample=False)):
+        torch.manual_seed(0)
+        pipe = sdxl(scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        kwargs = dict(prompt="a cat", num_inference_steps=STEPS, **SIZE)
+        taken = partly_denoise(pipe, STEPS, **kwargs, generator=seeded())
+        own = pipe(**kwargs, generator=seeded(), output_type="latent")[0]
+        torch.testing.assert_close(taken.latents, own, rtol=1e-3, atol=1e-3)
+        assert partly_denoise(pipe, 2, **kwargs, generator=seeded()).sigma > 0.3
+
+
+def test_image_to_image_starts_later():
+    pipe = sdxl()
+    pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = dict(prompt="a cat", image=Image.new("RGB", (64, 32)), strength=0.5, num_inference_steps=8)
+    taken = partly_denoise(pipe, 3, **kwargs, height=32, width=64)
+    assert (taken.step, taken.steps) == (3, 4)
+    sigma = pipe.scheduler.sigmas[7].item()
+    assert taken.sigma == pytest.approx(sigma / math.sqrt(1 + sigma**2))
+    with pytest.raises(ValueError, match="makes only 4 steps"):
+        partly_denoise(pipe, 5, **kwargs)
+
+
+CHECKPOINTS = {
+    "FLUX.1": ("v15_flux", "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step"),
+    "FLUX.2": ("v15_flux2", "PiD_v1pt5_res2kto4k_sr4x_official_flux2_distill_4step"),
+    "FLUX.2-klein": ("v1_flux2", "PiD_res2k_sr4x_official_flux2_distill_4step"),
+    "SD3": ("v1_flux_sd3", "PiD_res2k_sr4x_official_sd3_distill_4step"),
+    "SDXL": ("v1_sdxl", "PiD_res2kto4k_sr4x_official_sdxl_distill_4step"),
+    "Z-Image": ("v1_flux_sd3", "PiD_res2k_sr4x_official_flux_distill_4step"),
+    "Qwen-Image": ("v15_flux", "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_distill_4step"),
+}
+
+
+def checkpoint(folder, case: str, name: str):
+    """A tiny network by the golden rule, as a released file."""
+    path = folder / name / "model_ema_bf16.pth"
+    path.parent.mkdir()
+    torch.save({f"net.{key}": value for key, value in Golden(case).state.items()}, path)
+    return path
+
+
+def embeds(decoder: PixelDecoderPipeline, count: int = 1) -> torch.Tensor:
+    return torch.randn(count, 6, decoder.transformer.config.text_embed_dim, generator=seeded(5))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate(name, tmp_path):
+    """A released file of each family, tiny: loaded from the disk, fed by its pipeline, stopped after 2 of 4 steps."""
+    decoder = PixelDecoderPipeline.from_pretrained(checkpoint(tmp_path, *CHECKPOINTS[name]))
+    decoder.set_progress_bar_config(disable=True)
+    pipe, kwargs = build(name)
+    assert decoder.config.latent_space == pipeline_latent_space(pipe).name
+    text = embeds(decoder)
+    result = generate(
+        pipe, decoder, "a red cat", stop_at=2, seed=7, num_inference_steps=STEPS,
+        decoder_kwargs={"prompt_embeds": text}, **kwargs,
+    )  # fmt: skip
+    assert [image.size for image in result.images] == [(256, 128)]
+    taken = partly_denoise(pipe, 2, **arguments(kwargs), num_inference_steps=STEPS, generator=[seeded(7)])
+    again = decoder(taken.latents, sigma=taken.sigma, prompt_embeds=text, generator=seeded(7)).images[0]
+    assert list(again.getdata()) == list(result.images[0].getdata())
+
+
+def test_generate_several(tmp_path):
+    """Prompts x images with a seed each; the second alone is the same; compared with the pipeline's own images."""
+    decoder = PixelDecoderPipeline.from_pretrained("nano")
+    decoder.set_progress_bar_config(disable=True)
+    pipe = z_image()
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = dict(stop_at=1, num_inference_steps=2, negative_prompt="dog", decoder_kwargs={"num_inference_steps": 1})
+    both = generate(pipe, decoder, "a cat", seed=3, num_images_per_prompt=2, compare=True, **kwargs, **SIZE)
+    assert [image.size for image in both.images] == [(256, 128)] * 2
+    assert [image.size for image in both.taken.images] == [(64, 32)] * 2
+    alone = generate(pipe, decoder, "a cat", seed=4, **kwargs, **SIZE)
+    assert alone.taken.images is None
+    difference = torch.tensor(list(alone.images[0].getdata())) - torch.tensor(list(both.images[1].getdata()))
+    assert difference.abs().max() <= 2
+    with pytest.raises(ValueError, match="one for each of 2 images, got 3"):
+        generate(pipe, decoder, ["a", "b"], seed=[1, 2, 3], **kwargs)
+
+
+def test_lora_and_other_arguments_pass(tmp_path):
+    pipe, kwargs = build("FLUX.1")
+    kwargs = arguments(kwargs) | {"num_inference_steps": 2}
+    plain, guided = (partly_denoise(pipe, 1, **kwargs, generator=seeded(), guidance_scale=g) for g in (3.5, 1.0))
+    assert not torch.equal(plain.latents, guided.latents)
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with_lora = partly_denoise(pipe, 1, **kwargs, generator=seeded(), guidance_scale=3.5)
+    assert not torch.equal(plain.latents, with_lora.latents)
+
+
+def test_the_scheduler_is_left_as_it_was():
+    pipe, kwargs = build("FLUX.1")
+    partly_denoise(pipe, 1, **arguments(kwargs), num_inference_steps=2)
+    with pytest.raises(RuntimeError):  # the pipeline's own error comes through
+        partly_denoise(pipe, 1, **arguments(kwargs) | {"height": -1}, num_inference_steps=2)
+    assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("stop", [0, -1, "0", 1.5, 0.0, "sigma=1.5", "sigma=", "soon", "sigma=1", float("nan")])
+def test_bad_stops(stop):
+    with pytest.raises(ValueError, match="expected a step"):
+        parse_stop(stop)
+
+
+def test_stop_outside_the_run():
+    pipe, kwargs = build("FLUX.1")
+    with pytest.raises(ValueError, match=r"stop_at=5: the latent model makes only 4 steps: give 1 to 4"):
+        partly_denoise(pipe, 5, **arguments(kwargs), num_inference_steps=4)
+
+
+def test_decoder_of_another_family(tmp_path):
+    pipe, _ = build("SD3")
+    nano = PixelDecoderPipeline.from_pretrained("nano")
+    with pytest.raises(ValueError, match=r"the decoder decodes flux, but the latents are of the sd3 space.*such as"):
+        generate(pipe, nano, "a cat")
+    pipe, _ = build("SDXL")
+    unknown = PixelDecoderPipeline(nano.transformer, nano.scheduler)
+    with pytest.raises(ValueError, match=r"decodes 16 channels at 1/8 size, but the latents are of the sdxl space"):
+        generate(pipe, unknown, "a cat")
+    prior = PixelDecoderPipeline.from_pretrained(prior_file(tmp_path))
+    with pytest.raises(ValueError, match="text-to-image prior"):
+        generate(pipe, prior, "a cat")
+
+
+def prior_file(folder):
+    golden = Golden("v15_flux")
+    path = folder / "PixelDiT_finetune_2kto4k" / "model_ema_bf16.pth"
+    path.parent.mkdir()
+    adapters = ("lq_proj.", "pit_lq_gate.")
+    torch.save({f"net.{k}": v for k, v in golden.state.items() if not k.startswith(adapters)}, path)
+    return path
+
+
+def test_released_prior_and_teacher(tmp_path):
+    """Text to image without latents; an undistilled teacher, sampled by DPM-Solver++ with guidance."""
+    prior = PixelDecoderPipeline.from_pretrained(prior_file(tmp_path))
+    prior.set_progress_bar_config(disable=True)
+    assert prior.config.default_num_inference_steps == 50 and prior.config.default_guidance_scale == 2.75
+    text = dict(prompt_embeds=embeds(prior), negative_prompt_embeds=embeds(prior) * 0)
+    image = prior(height=32, width=64, num_inference_steps=3, **text).images[0]
+    assert image.size == (64, 32)
+    name = "PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled"
+    teacher = PixelDecoderPipeline.from_pretrained(checkpoint(tmp_path, "v15_flux", name))
+    assert (teacher.config.default_num_inference_steps, teacher.config.default_guidance_scale) == (25, 5.0)
+    pipe, kwargs = build("FLUX.1")
+    result = generate(
+        pipe, teacher, "a cat", num_inference_steps=2, decoder_kwargs=text | {"num_inference_steps": 3}, **kwargs
+    )
+    assert result.images[0].size == (256, 128) and isinstance(teacher.scheduler, DPMSolverMultistepScheduler)
+
+
+def test_unknown_autoencoders():
+    pipe, kwargs = build("FLUX.1")
+    pipe.vae = kl(4, 0.18215, None)
+    with pytest.raises(ValueError, match=r"AutoencoderKL \(latent_channels 4, scaling_factor 0.18215\).*latent_space="):
+        partly_denoise(pipe, 1, **arguments(kwargs))
+    with pytest.raises(ValueError, match='no latent space "fluxx"'):
+        find_latent_space(None, "fluxx")
+    assert find_latent_space(pipe.vae, "sdxl") is SPACES["sdxl"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "space", "message"),
+    [
+        ((1, 16, 5, 4, 8), "qwenimage", "5 frames of a video"),
+        ((1, 9, 64), "flux", "9 latent tokens do not make an image of 32 x 64 pixels, which has 2 x 4"),
+        ((1, 4, 4, 8), "flux", "not of the flux space: expected 16 channels"),
+        ((1, 8, 32), "flux", "expected 16 channels"),
+        ((1, 32, 4, 8), "flux2", "raw ones: give its autoencoder"),
+    ],
+)
+def test_bad_latents(shape, space, message):
+    with pytest.raises(ValueError, match=message):
+        unpack(torch.zeros(shape), SPACES[space], **SIZE)
+    with pytest.raises(ValueError, match="give the height and width"):
+        unpack(torch.zeros(1, 8, 64), SPACES["flux"])
+
+
+def test_layouts_of_video_autoencoders():
+    z = torch.randn(1, 16, 4, 8)
+    for latents in (z[:, :, None], z[:, :, None].permute(0, 2, 3, 4, 1)):
+        assert torch.equal(unpack(latents, SPACES["qwenimage"]), z)
