@@ -106,5 +106,6 @@ def tiny_pipeline(**config) -> PixelDecoderPipeline:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(monkeypatch, tmp_path_factory):
     torch.manual_seed(0)
+    monkeypatch.setenv("PIXELDECODER_CACHE", str(tmp_path_factory.mktemp("cache")))

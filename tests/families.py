@@ -26,6 +26,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -101,6 +103,17 @@ def qwen3() -> Qwen3ForCausalLM:
 
 def flow(**kwargs) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(**kwargs)
+
+
+def save_gemma(folder, width: int = 20) -> None:
+    """A tiny Gemma-2 with its tokenizer."""
+    config = Gemma2Config(
+        vocab_size=40, hidden_size=width, intermediate_size=max(32, width), num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8 if width < 64 else 32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma2Model(config).save_pretrained(folder)
+    tokenizer(8192).save_pretrained(folder)
 
 
 DYNAMIC = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)

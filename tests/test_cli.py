@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, Golden, tiny_model, tiny_pipeline
+from families import save_gemma, z_image
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
 
@@ -201,3 +202,86 @@ def test_the_installed_command():
         [sys.executable, "-m", "pixeldecoder", "decode", "--nonsense"], capture_output=True, text=True
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("z-image")
+    torch.manual_seed(0)
+    z_image().save_pretrained(folder)
+    return str(folder)
+
+
+GENERATE = ["--height", "32", "--width", "64", "--latent-steps", "3", "--stop-at", "2", "--latent-guidance-scale", "0"]
+
+
+def test_generate_and_decode_again(run, model, capsys):
+    """The image; beside it the VAE's; and the same image from the saved latents."""
+    assert run("generate", "a cat", "a.png", "--model", model, *GENERATE, "--save-latents", "z.safetensors") == 0
+    assert "ZImagePipeline: 2 of 3 steps, sigma 0." in capsys.readouterr().err
+    assert pixels("a.png").shape == (128, 256, 3)
+    assert run("generate", "a cat", "both.png", "--model", model, *GENERATE, "--compare") == 0
+    assert pixels("both.png").shape == (128, 512, 3)
+    assert (pixels("both.png")[:, 256:] == pixels("a.png")).all()
+    sigma = load_file("z.safetensors")["sigma"].item()
+    assert run("decode", "z.safetensors", "again.png", "--sigma", str(sigma)) == 0
+    assert np.abs(pixels("again.png").astype(int) - pixels("a.png")).max() <= 1
+    assert run("generate", "a cat", "several", "--model", model, *GENERATE, "--images", "2", "--seed", "5") == 0
+    assert sorted(os.listdir("several")) == ["5.png", "6.png"]
+    extra = ["--pipeline-args", '{"cfg_truncation": 0.5}', "--negative-prompt", "dog"]
+    assert run("generate", "a cat", "b.png", "--model", model, *GENERATE, *extra) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--stop-at", "soon"], "stop_at='soon': expected a step"),
+        (["--stop-at", "9", "--latent-steps", "3"], "makes only 3 steps"),
+        (["--pipeline-args", "3"], "expected a JSON object"),
+        (["--images", "2"], "for several a folder"),
+        (["--model", "nobody/nothing"], "could not be loaded from https://huggingface.co"),
+        (["--latent-space", "sd2"], 'no latent space "sd2"'),
+        (["--latent-space", "sdxl"], "16 channels at 1/8 size, but the latents are of the sdxl space"),
+    ],
+)
+def test_bad_generate(run, model, args, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run("generate", "a cat", "a.png", "--model", model, *args) == 2
+    assert message in capsys.readouterr().err
+    assert not os.path.exists("a.png")
+
+
+def test_generate_asks_for_the_familys_decoder(model, capsys, monkeypatch):
+    """By its released name, which without a network is a clear error."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["generate", "a cat", "a.png", "--model", model, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step" in error and "Without a network" in error
+
+
+def test_encode_then_decode_is_upscale(run):
+    Image.effect_noise((40, 24), 60).convert("RGB").save("small.png")
+    assert main(["encode", "small.png", "z.safetensors", "--device", "cpu"]) == 0
+    assert load_file("z.safetensors")["latents"].shape == (1, 16, 4, 6)
+    assert main(["encode", "small.png", "z.png"]) == 2
+    assert main(["encode", "none.png", "z.safetensors"]) == 2
+    os.makedirs("folder")
+    Image.open("small.png").save("folder/a.png")
+    assert main(["encode", "folder", "latents", "--encoder", "nano", "--device", "cpu"]) == 0
+    assert torch.equal(load_file("latents/a.safetensors")["latents"], load_file("z.safetensors")["latents"])
+
+
+def test_prompts(tmp_path, monkeypatch):
+    """The prompt is encoded once, kept on the disk, and can be handed over without the encoder."""
+    monkeypatch.chdir(tmp_path)
+    PixelDecoderPipeline(tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0)).save_pretrained("reads")
+    save_gemma("gemma")
+    save_file({"latents": LATENTS}, "z.safetensors")
+    common = ["--decoder", "reads", "--device", "cpu"]
+    encode = ["--prompt", "a cat", "--text-encoder", "gemma"]
+    assert main(["decode", "z.safetensors", "a.png", *common, *encode, "--save-prompt-embeds", "p.safetensors"]) == 0
+    os.rename("gemma", "gone")
+    assert main(["decode", "z.safetensors", "b.png", *common, *encode]) == 0
+    assert main(["decode", "z.safetensors", "c.png", *common, "--prompt-embeds", "p.safetensors"]) == 0
+    assert (pixels("a.png") == pixels("b.png")).all() and (pixels("a.png") == pixels("c.png")).all()
+    assert main(["decode", "z.safetensors", "d.png", *common, "--prompt", "a dog", "--text-encoder", "gemma"]) == 2

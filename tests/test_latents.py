@@ -6,8 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderRAE, AutoencoderTiny
+from PIL import Image
+from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
-from pixeldecoder.latents import add_noise, load_image_encoder
+from conftest import Golden, golden_parameter
+from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.latents import SPACES, add_noise, find_latent_space, load_image_encoder
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -96,6 +100,94 @@ def test_rae(tmp_path):
     tokens = vae.encoder(own).last_hidden_state[:, -4:]
     expected = (tokens.transpose(1, 2).unflatten(2, (2, 2)) - 0.5) / 2
     torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+
+
+def siglip(size=224):
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=size, patch_size=14
+    )
+    text = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+
+
+def test_siglip(tmp_path):
+    """As Scale-RAE: 224 px of a 256 px image, features before the last norm, then a norm without gain."""
+    model = siglip()
+    model.save_pretrained(tmp_path)
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    z = load_image_encoder(str(tmp_path))(image)
+    with torch.no_grad():
+        small = F.interpolate(image, 224, mode="bicubic", antialias=True).clamp(-1, 1)
+        vision = model.vision_model
+        vision.post_layernorm = torch.nn.Identity()  # what is asked for is what it would have normalised
+        tokens = vision(small).last_hidden_state
+    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(z, tokens.transpose(1, 2).reshape(1, 32, 16, 16), rtol=1e-4, atol=1e-4)
+    assert load_image_encoder(str(tmp_path))(image[..., :128]).shape == (1, 32, 16, 8)
+
+
+def checkpoint(folder, case, name, channels):
+    """A tiny network by the golden rule, with the family's real number of channels."""
+    first = "lq_proj.latent_proj.0.weight"
+    state = Golden(case).state
+    state[first] = golden_parameter(first, (len(state[first]), channels, 3, 3))
+    path = folder / name / "model_ema_bf16.pth"
+    path.parent.mkdir()
+    torch.save({f"net.{key}": value for key, value in state.items()}, path)
+    return PixelDecoderPipeline.from_pretrained(path)
+
+
+@pytest.mark.parametrize("space", ["dinov2", "siglip"])
+def test_vision_encoders_decoders(tmp_path, space):
+    """Image to latents to larger image, by reference checkpoints of the families that have no pipeline in diffusers."""
+    if space == "dinov2":
+        AutoencoderRAE(
+            encoder_type="dinov2", encoder_hidden_size=768, encoder_patch_size=14, encoder_num_hidden_layers=1,
+            decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+            decoder_intermediate_size=16, patch_size=16, encoder_input_size=28,
+        ).save_pretrained(tmp_path / "encoder")  # fmt: skip
+    else:
+        config = SiglipVisionConfig(
+            hidden_size=1152, intermediate_size=32, num_hidden_layers=1, num_attention_heads=8, image_size=28,
+            patch_size=14,
+        )  # fmt: skip
+        SiglipVisionModel(config).save_pretrained(tmp_path / "encoder")
+    case = {"dinov2": "v1_dinov2", "siglip": "v1_siglip_8x"}[space]
+    decoder = checkpoint(tmp_path, case, SPACES[space].preset, SPACES[space].channels)
+    decoder.set_progress_bar_config(disable=True)
+    assert decoder.config.latent_space == space
+    encoder = load_image_encoder(str(tmp_path / "encoder"))
+    embeds = torch.randn(1, 4, 20)
+    photo = Image.new("RGB", (32, 32), "red")
+    scale = {"dinov2": 4, "siglip": 8}[space]
+    image = decoder.upscale(photo, sigma=0.2, encoder=encoder, prompt_embeds=embeds).images[0]
+    assert image.size == (32 * scale, 32 * scale)
+    if space == "dinov2":  # which sees one size alone
+        assert find_latent_space(AutoencoderRAE.from_pretrained(tmp_path / "encoder")) is SPACES["dinov2"]
+        with pytest.raises(ValueError, match="images of one size only"):
+            decoder.upscale(Image.new("RGB", (48, 32)), encoder=encoder, prompt_embeds=embeds)
+    with pytest.raises(ValueError, match="of another latent space"):
+        decoder.upscale(photo, encoder=load_image_encoder("nano"), prompt_embeds=embeds)
+    with pytest.raises(ValueError, match=f"no encoder of its own.*{SPACES[space].encoder}"):
+        decoder.upscale(photo, prompt_embeds=embeds)
+
+
+def test_upscale_noises_in_the_frame_of_the_space(tmp_path, monkeypatch):
+    decoder = checkpoint(tmp_path, "v1_sdxl", SPACES["sdxl"].preset, 4)
+    decoder.set_progress_bar_config(disable=True)
+    seen = []
+    own = decoder.transformer.encode_latents
+    monkeypatch.setattr(decoder.transformer, "encode_latents", lambda z, *size: seen.append(z) or own(z, *size))
+    clean = torch.randn(1, 4, 4, 4)
+    for sigma in (0.0, 0.6):
+        generator = torch.Generator().manual_seed(2)
+        decoder.upscale(
+            Image.new("RGB", (32, 32)), sigma=sigma, noise_generator=generator, encoder=lambda image: clean,
+            prompt_embeds=torch.randn(1, 4, 20),
+        )  # fmt: skip
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(seen[0], clean)
+    torch.testing.assert_close(seen[1], 0.8 * clean + 0.6 * noise)
 
 
 def test_callable():
