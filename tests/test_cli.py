@@ -189,14 +189,16 @@ def test_decoder_that_reads_text(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(LATENTS, "good.pt")
     PixelDecoderPipeline(tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0)).save_pretrained("text")
-    assert main(["decode", "good.pt", "out.png", "--decoder", "text"]) == 2
-    assert "this decoder reads text" in capsys.readouterr().err
+    assert main(["decode", "good.pt", "out.png", "--decoder", "text", "--text-encoder", "gone/gemma"]) == 2
+    assert "gone/gemma could not be loaded" in capsys.readouterr().err
+    assert main(["decode", "good.pt", "out.png", "--decoder", "text", "--prompt-embeds", "gone.safetensors"]) == 2
+    assert 'expected a .safetensors file with "prompt_embeds"' in capsys.readouterr().err
 
 
 def test_the_installed_command():
     result = subprocess.run([sys.executable, "-m", "pixeldecoder", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and all(
-        command in result.stdout for command in ("demo", "decode", "upscale", "convert")
+        command in result.stdout for command in ("demo", "decode", "encode", "upscale", "generate", "convert")
     )
     result = subprocess.run(
         [sys.executable, "-m", "pixeldecoder", "decode", "--nonsense"], capture_output=True, text=True

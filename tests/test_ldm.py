@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -380,3 +381,15 @@ def test_layouts_of_video_autoencoders():
     z = torch.randn(1, 16, 4, 8)
     for latents in (z[:, :, None], z[:, :, None].permute(0, 2, 3, 4, 1)):
         assert torch.equal(unpack(latents, SPACES["qwenimage"]), z)
+
+
+@pytest.mark.parametrize(
+    "name", ["ChromaPipeline", "BriaPipeline", "LongCatImagePipeline", "OvisImagePipeline", "NucleusMoEImagePipeline"]
+)
+def test_packing_of_pipelines_that_share_a_space(name):
+    """By their own packing; which space it is, their autoencoder's configuration tells."""
+    z = torch.randn(2, 16, 4, 8)
+    patch = (2,) if name == "NucleusMoEImagePipeline" else ()
+    packed = getattr(diffusers, name)._pack_latents(z, 2, 16, 4, 8, *patch)
+    assert packed.shape == (2, 8, 64)
+    assert torch.equal(unpack(packed, SPACES["flux"], **SIZE), z)
