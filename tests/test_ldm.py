@@ -23,13 +23,16 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import logging
 from PIL import Image
 
 from conftest import Golden
-from families import FAMILIES, SIZE, build, kl, sdxl, z_image
+from families import FAMILIES, SIZE, build, kl, save_gemma, sdxl, z_image
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.latents import SPACES, encode, find_latent_space, unpack
 from pixeldecoder.ldm import generate, parse_stop, partly_denoise, pipeline_latent_space, signal_and_noise
+from pixeldecoder.pipeline import _print_license
+from pixeldecoder.text import PromptEncoder
 
 STEPS = 4
 
@@ -259,6 +262,25 @@ def test_generate(name, tmp_path):
     assert list(again.getdata()) == list(result.images[0].getdata())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_generate_encodes_the_prompt_and_offloads(device, tmp_path):
+    """The decoder's text encoder is loaded, used and freed; everything but what runs is off the device."""
+    decoder = PixelDecoderPipeline.from_pretrained(checkpoint(tmp_path, *CHECKPOINTS["FLUX.1"])).to(device)
+    decoder.set_progress_bar_config(disable=True)
+    save_gemma(tmp_path / "gemma")
+    decoder.prompt_encoder = PromptEncoder(str(tmp_path / "gemma"))
+    pipe, kwargs = build("FLUX.1")
+    kwargs |= dict(stop_at=1, num_inference_steps=2, decoder_kwargs={"guidance_scale": 2.0, "negative_prompt": "dog"})
+    kept = generate(pipe.to(device), decoder, ["a cat", "red"], **kwargs)
+    assert decoder.prompt_encoder._parts is not None
+    offloaded = generate(pipe.to("cpu"), decoder, ["a cat", "red"], offload=True, **kwargs)
+    assert decoder.prompt_encoder._parts is None
+    assert {p.device.type for model in (pipe.transformer, decoder.transformer) for p in model.parameters()} == {"cpu"}
+    for one, other in zip(kept.images, offloaded.images, strict=True):
+        difference = torch.tensor(list(one.getdata())) - torch.tensor(list(other.getdata()))
+        assert difference.abs().max() <= (0 if device == "cpu" else 8)
+
+
 def test_generate_several(tmp_path):
     """Prompts x images with a seed each; the second alone is the same; compared with the pipeline's own images."""
     decoder = PixelDecoderPipeline.from_pretrained("nano")
@@ -348,6 +370,24 @@ def test_released_prior_and_teacher(tmp_path):
         pipe, teacher, "a cat", num_inference_steps=2, decoder_kwargs=text | {"num_inference_steps": 3}, **kwargs
     )
     assert result.images[0].size == (256, 128) and isinstance(teacher.scheduler, DPMSolverMultistepScheduler)
+
+
+def test_the_licence_is_printed_once(tmp_path, caplog):
+    """When the file is loaded, and when what was made of it is."""
+    path = checkpoint(tmp_path, *CHECKPOINTS["SD3"])
+    _print_license.cache_clear()
+    logging.enable_propagation()
+    try:
+        for _ in range(2):
+            decoder = PixelDecoderPipeline.from_pretrained(path)
+        decoder.save_pretrained(tmp_path / "folder")
+        assert caplog.text.count("NVIDIA non-commercial licence") == 1
+        for _ in range(2):
+            loaded = PixelDecoderPipeline.from_pretrained(tmp_path / "folder")
+        assert caplog.text.count("NVIDIA non-commercial licence") == 2
+    finally:
+        logging.disable_propagation()
+    assert loaded.config.latent_space == "sd3"
 
 
 def test_unknown_autoencoders():

@@ -109,7 +109,8 @@ def partly_denoise(
     space = pipeline_latent_space(pipe, latent_space)
     name = type(pipe).__name__
     parameters = inspect.signature(pipe.__call__).parameters
-    if "num_inference_steps" in parameters and kwargs.get("sigmas") is None and kwargs.get("timesteps") is None:
+    custom = kwargs.get("sigmas") is not None or kwargs.get("timesteps") is not None
+    if "num_inference_steps" in parameters and not custom and pipe.scheduler.order == 1:  # before anything is run
         planned = kwargs.get("num_inference_steps", parameters["num_inference_steps"].default)
         _check_stop(kind, value, planned)
     height, width = (_side(pipe, key, kwargs) for key in ("height", "width"))
@@ -210,6 +211,16 @@ def generate(
     if len(taken.latents) != count:
         raise ValueError(f"the pipeline made {len(taken.latents)} images for {len(prompts)} prompts x {per_prompt}")
     decoder_kwargs.setdefault("prompt", [p for p in prompts for _ in range(per_prompt)])
+    reads_text = decoder.transformer.config.text_embed_dim is not None and decoder.text_encoder is None
+    if offload and reads_text and decoder_kwargs.get("prompt_embeds") is None:
+        # Encoded together, so that the text encoder is gone when the decoder runs.
+        guidance = decoder_kwargs.get("guidance_scale") or decoder.config.default_guidance_scale
+        if guidance != 1 and decoder_kwargs.get("negative_prompt_embeds") is None:
+            negative = decoder_kwargs.pop("negative_prompt", "")
+            negatives = [negative] * count if isinstance(negative, str) else negative
+            decoder_kwargs["negative_prompt_embeds"] = decoder.prompt_encoder(negatives, device)
+        decoder_kwargs["prompt_embeds"] = decoder.prompt_encoder(decoder_kwargs.pop("prompt"), device)
+        decoder.prompt_encoder.unload()
     images = []
     for i in range(count):  # one by one, so that memory does not grow with their number
         one = {key: _one(argument, i, count) for key, argument in decoder_kwargs.items()}

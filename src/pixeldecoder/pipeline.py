@@ -368,7 +368,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                 raise ValueError(f"this decoder reads text: expected {name} or {name}_embeds (B, T, {width}), got none")
             prompts = [prompt] if isinstance(prompt, str) else prompt
             if self.text_encoder is None or self.tokenizer is None:
-                embeds = self.prompt_encoder(prompts)
+                embeds = self.prompt_encoder(prompts, self._execution_device)
             else:
                 embeds = encode_prompts(prompts, self.tokenizer, self.text_encoder)
         if embeds.ndim != 3 or embeds.shape[2] != width or len(embeds) not in (1, batch):

@@ -62,7 +62,7 @@ class PromptEncoder:
 
     Args:
         name: folder or Hub id of Gemma-2 with its tokenizer.
-        device: where it runs, "cpu" too beside a decoder on a GPU.
+        device: where it runs, "cpu" too beside a decoder on a GPU; `None`: where the decoder does.
         quantization: of its weights, by bitsandbytes (`pip install "pixeldecoder[quantize]"`).
         cache: folder in which embeddings are kept, each in a file named after its content (see `prompt_cache`); `None`
             keeps them in memory alone.
@@ -71,23 +71,25 @@ class PromptEncoder:
     def __init__(
         self,
         name: str = TEXT_ENCODER,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         quantization: Literal["8bit", "4bit"] | None = None,
         cache: Path | None = None,
     ):
-        self.name, self.device, self.quantization, self.cache = name, torch.device(device), quantization, cache
+        self.name, self.quantization, self.cache = name, quantization, cache
+        self.device = None if device is None else torch.device(device)
         self._parts: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
         self._seen: dict[str, torch.Tensor] = {}
 
-    def __call__(self, prompts: list[str]) -> torch.Tensor:
-        """(B, 300, Dt)."""
-        return torch.cat([self._one(prompt) for prompt in prompts]).to(self.device)
+    def __call__(self, prompts: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
+        """(B, 300, Dt); `device` is that of an encoder that was made without one."""
+        device = self.device or torch.device(device)
+        return torch.cat([self._one(prompt, device) for prompt in prompts]).to(device)
 
     def unload(self) -> None:
         """Free the model's memory; what was encoded stays known."""
         self._parts = None
 
-    def _one(self, prompt: str) -> torch.Tensor:
+    def _one(self, prompt: str, device: torch.device) -> torch.Tensor:
         key = hashlib.sha256("\0".join([self.name, str(self.quantization), instruction(), prompt]).encode()).hexdigest()
         if key in self._seen:
             return self._seen[key]
@@ -95,16 +97,16 @@ class PromptEncoder:
         if path is not None and path.is_file():
             embeds = load_prompt_embeds(path)
         else:
-            embeds = encode_prompts([prompt], *self._load()).cpu()
+            embeds = encode_prompts([prompt], *self._load(device)).cpu()
             if path is not None:
                 save_prompt_embeds(embeds, path, prompt)
         if prompt == "" or self.cache is not None:  # training's captions are too many to keep
             self._seen[key] = embeds
         return embeds
 
-    def _load(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    def _load(self, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         if self._parts is None:
-            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
             kwargs = {}
             if self.quantization is not None:
                 from transformers import BitsAndBytesConfig
@@ -115,7 +117,7 @@ class PromptEncoder:
                         'a quantised text encoder needs bitsandbytes: pip install "pixeldecoder[quantize]"'
                     )
                 bits = {"8bit": dict(load_in_8bit=True), "4bit": dict(load_in_4bit=True)}[self.quantization]
-                kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": self.device})
+                kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": device})
             from pixeldecoder.latents import unreachable
 
             try:
@@ -123,7 +125,7 @@ class PromptEncoder:
                 model = AutoModel.from_pretrained(self.name, dtype=dtype, **kwargs)
             except OSError as error:
                 raise unreachable(self.name, error) from None
-            model = model if self.quantization else model.to(self.device)
+            model = model if self.quantization else model.to(device)
             self._parts = tokenizer, model.eval().requires_grad_(False)
         return self._parts
 
