@@ -19,6 +19,12 @@ def inputs(batch=2, height=64, width=96, channels=16, cell=32):
     )
 
 
+# The reference's float32 rounding depends on the processor: it is met to 2e-5 and 2e-6 on Intel, to 2.8e-5 and 3.1e-6 on
+# AMD EPYC, where our own float32 is within 5e-6 of our float64. The smallest known mistake, one rounding of the time
+# embedding's angles, makes 1e-4.
+OUTPUT, FEATURE = 4e-5, 4e-6
+
+
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_golden(case):
@@ -33,13 +39,13 @@ def test_golden(case):
         return_features=(1, 3),
         return_aux_rgb=has_aux,
     )
-    assert relative(output.sample, golden.outputs["velocity"]) < 2e-5
+    assert relative(output.sample, golden.outputs["velocity"]) < OUTPUT
     for index, feature in enumerate(output.features):
-        assert relative(feature, golden.outputs[f"feature_{index}"]) < 2e-6
+        assert relative(feature, golden.outputs[f"feature_{index}"]) < FEATURE
     if has_aux:
-        assert relative(output.aux_rgb, golden.outputs["aux_rgb"]) < 2e-5
+        assert relative(output.aux_rgb, golden.outputs["aux_rgb"]) < OUTPUT
     plain = golden.model(golden.x, golden.t, golden.text).sample
-    assert relative(plain, golden.outputs["velocity_without_latent"]) < 2e-5
+    assert relative(plain, golden.outputs["velocity_without_latent"]) < OUTPUT
 
 
 @pytest.mark.parametrize("name", list(manifests()))
