@@ -19,8 +19,8 @@ def inputs(batch=2, height=64, width=96, channels=16, cell=32):
     )
 
 
-# The reference's float32 rounding depends on the processor: it was met to 2e-5 and 2e-6 on one machine, and is to 2.8e-5
-# and 3.1e-6 on another (AMD EPYC), where our own float32 is within 5e-6 of our float64. The smallest known mistake, one
+# The reference's float32 rounding depends on the processor: it was met to 2e-5, 2e-6 on one machine, and is to 2.8e-5
+# 3.1e-6 on another (AMD EPYC), where our own float32 is within 5e-6 of our float64. The smallest known mistake, one
 # rounding of the time embedding's angles, makes 1e-4.
 OUTPUT, FEATURE = 4e-5, 4e-6
 
