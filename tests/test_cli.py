@@ -271,6 +271,12 @@ def test_encode_then_decode_is_upscale(run):
     Image.open("small.png").save("folder/a.png")
     assert main(["encode", "folder", "latents", "--encoder", "nano", "--device", "cpu"]) == 0
     assert torch.equal(load_file("latents/a.safetensors")["latents"], load_file("z.safetensors")["latents"])
+    Image.effect_noise((48, 32), 60).convert("RGB").save("even.png")
+    assert main(["encode", "even.png", "even.safetensors", "--device", "cpu"]) == 0
+    nano = ["--decoder", "nano", "--device", "cpu", "--steps", "1"]
+    assert main(["decode", "even.safetensors", "decoded.png", *nano]) == 0
+    assert main(["upscale", "even.png", "upscaled.png", *nano]) == 0
+    assert (pixels("decoded.png") == pixels("upscaled.png")).all()
 
 
 def test_prompts(tmp_path, monkeypatch):

@@ -92,9 +92,15 @@ class Text:
     text_quantization: Literal["none", "8bit", "4bit"] = "none"
     """Of its weights, by bitsandbytes."""
 
-    def text_kwargs(self, pipeline: "PixelDecoderPipeline", prompts: list[str] | None = None) -> dict[str, Any]:
+    def text_kwargs(self, pipeline: "PixelDecoderPipeline") -> dict[str, Any]:
         """Arguments for the decoder's call; encoded here, so that the text encoder is gone when the decoder runs."""
-        from pixeldecoder.text import PromptEncoder, load_prompt_embeds, prompt_cache, save_prompt_embeds
+        from pixeldecoder.text import (
+            PromptEncoder,
+            encode_prompts,
+            load_prompt_embeds,
+            prompt_cache,
+            save_prompt_embeds,
+        )
 
         if pipeline.transformer.config.text_embed_dim is None:
             return {}
@@ -107,14 +113,12 @@ class Text:
                 None if self.text_quantization == "none" else self.text_quantization,
                 prompt_cache(),
             )
-            embeds = pipeline.prompt_encoder(prompts or [self.prompt])
-            if (pipeline.config.default_guidance_scale or 1) != 1:
+            embeds = pipeline.prompt_encoder([self.prompt])
+            if pipeline.config.default_guidance_scale != 1:
                 pipeline.prompt_encoder([""])  # guidance needs it
             pipeline.prompt_encoder.unload()
         else:
-            from pixeldecoder.text import encode_prompts
-
-            embeds = encode_prompts(prompts or [self.prompt], pipeline.tokenizer, pipeline.text_encoder)
+            embeds = encode_prompts([self.prompt], pipeline.tokenizer, pipeline.text_encoder)
         if self.save_prompt_embeds is not None:
             save_prompt_embeds(embeds.cpu(), self.save_prompt_embeds, self.prompt)
         return {"prompt_embeds": embeds}
@@ -294,6 +298,7 @@ class Generate(Text, Decoder):
 
         import torch
         from diffusers import DiffusionPipeline
+        from PIL import Image
         from safetensors.torch import save_file
 
         from pixeldecoder.latents import unreachable
@@ -348,7 +353,7 @@ class Generate(Text, Decoder):
         print(f"{type(pipe).__name__}: {taken.step} of {taken.steps} steps, sigma {taken.sigma:.4f}", file=sys.stderr)
         for index, image in enumerate(result.images):
             if taken.images is not None:
-                image = side_by_side(taken.images[index].resize(image.size, 1), image)
+                image = side_by_side(taken.images[index].resize(image.size, Image.Resampling.LANCZOS), image)
             if self.images == 1 and self.output.suffix:
                 target = self.output
             else:

@@ -242,8 +242,9 @@ def download(name: str, patterns: list[str]) -> Path:
 
 def unreachable(name: str, error: Exception) -> ValueError:
     """For a Hub id that could not be loaded."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     return ValueError(
-        f"{name} could not be loaded from https://huggingface.co ({str(error).splitlines()[0]}). Without a network, "
+        f"{name} could not be loaded from https://huggingface.co ({reason}). Without a network, "
         "download it elsewhere and give the path of its file or folder; a private or gated one needs `hf auth login`"
     )
 
