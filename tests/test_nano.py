@@ -58,3 +58,20 @@ def test_demo(tmp_path, capsys):
     assert Image.open(tmp_path / "comparison.png").size == (4 * 512, 3 * 512)
     lines = [line for line in capsys.readouterr().out.splitlines() if "PSNR" in line]
     assert len(lines) == 9 and all(" dB " in line and line.endswith(" s") for line in lines)
+
+
+@torch.no_grad()
+def test_chunk_size_does_not_change_the_image():
+    """In float32; a chunk's numbers round as its shape has it."""
+    pipeline = PixelDecoderPipeline.from_pretrained("nano")
+    latents = torch.randn(1, 16, 3, 5, generator=torch.Generator().manual_seed(0))
+    images = []
+    for chunk_size in (None, 1, 7, 64, 239, 10_000):  # of 240 patches
+        pipeline.transformer.forward = partial(
+            type(pipeline.transformer).forward, pipeline.transformer, chunk_size=chunk_size
+        )
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipeline(latents, generator=generator, output_type="pt").images)
+    assert images[0].std() > 0.1
+    for image in images[1:]:
+        assert (image - images[0]).abs().max() < 1e-6

@@ -134,13 +134,25 @@ def convert_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict
     if unknown := [name for name, ours in converted.items() if ours is None]:
         raise ValueError(f"not a PiD checkpoint: {len(unknown)} unknown tensors: {_listing(unknown)}")
     # The reference's only scalars have one dimension here.
-    return {
-        ours: state[name].reshape(state[name].shape or (1,)) for name, ours in converted.items() if ours is not None
-    }
+    ours = {new: state[name].reshape(state[name].shape or (1,)) for name, new in converted.items() if new is not None}
+    for name in [n for n in ours if _PIXEL_ADALN.match(n)]:
+        block, leaf = name.split(".adaln.")
+        rows = ours.pop(name).unflatten(0, (-1, 6, _pixel_dim(ours, block))).transpose(0, 1)  # (6, P^2, d)
+        ours[f"{block}.adaln_in.{leaf}"], ours[f"{block}.adaln_out.{leaf}"] = (
+            part.flatten(0, 2).contiguous() for part in rows.split((2, 4))
+        )
+    return ours
 
 
 def export_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inverse: this library's tensors under the reference's names, without prefix, the adaLN layout in one."""
+    state_dict = dict(state_dict)
+    for name in [n for n in state_dict if ".adaln_in." in n]:
+        block, leaf = name.split(".adaln_in.")
+        parts = [state_dict.pop(f"{block}.{part}.{leaf}") for part in ("adaln_in", "adaln_out")]
+        width = _pixel_dim(state_dict, block)
+        rows = torch.cat([part.unflatten(0, (count, -1, width)) for part, count in zip(parts, (2, 4), strict=True)])
+        state_dict[f"{block}.adaln.{leaf}"] = rows.transpose(0, 1).flatten(0, 2)
     exported = {name: _rename(name, _TO_REFERENCE) for name in state_dict}
     if unknown := [name for name, reference in exported.items() if reference is None]:
         raise ValueError(f"the reference has no name for {len(unknown)} tensors: {_listing(unknown)}")
@@ -347,6 +359,14 @@ def save_reference_checkpoint(model: PixelDecoderTransformer2DModel, path: str |
         temporary.unlink(missing_ok=True)
 
 
+def _pixel_dim(state: Mapping[str, torch.Tensor], block: str) -> int:
+    """Channels d of a pixel."""
+    if f"{block}.norm1.weight" not in state:
+        raise ValueError(f"not a PiD checkpoint: it has no tensor {block}.norm1.weight")
+    return state[f"{block}.norm1.weight"].shape[0]
+
+
+_PIXEL_ADALN = re.compile(r"pixel_blocks\.\d+\.adaln\.")
 _PREFIXES = ("model.diffusion_model.", "core.", "net.")
 _TRAINING_ONLY = re.compile(r"^(net_ema|fake_score|discriminator)\.|_repa_projector")
 
@@ -366,8 +386,7 @@ def _canonical(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             raise ValueError(f"not a PiD checkpoint: {name} has no {partner} beside it")
         msa, mlp = state.pop(name), state.pop(partner)
         block = name.split(".adaLN")[0]
-        width = state[f"{block}.norm1.weight"].shape[0]
-        halves = [half.unflatten(0, (-1, 3, width)) for half in (msa, mlp)]
+        halves = [half.unflatten(0, (-1, 3, _pixel_dim(state, block))) for half in (msa, mlp)]
         joined = torch.cat(halves, dim=1).flatten(0, 2)
         leaf = name.rsplit(".", 1)[1]
         state[f"{block}.adaLN_modulation.0.{leaf}"] = joined

@@ -22,6 +22,7 @@ from pixeldecoder.models.layers import (
     PixelBlock,
     TextEmbedding,
     image_rotary,
+    in_chunks,
     pixel_positions,
     text_rotary,
 )
@@ -186,7 +187,7 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
                 nn.init.trunc_normal_(module.weight, std=0.02)
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if name.endswith("adaln"):
+            if name.endswith(("adaln", "adaln_in", "adaln_out")):
                 nn.init.trunc_normal_(module.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, SigmaGate):  # g is about .88, .50, .05 at sigma = 0, .4, 1
@@ -236,6 +237,7 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         latent_features: LatentFeatures | None = None,
         return_features: tuple[int, ...] | None = None,
         return_aux_rgb: bool = False,
+        chunk_size: int | None = None,
         return_dict: bool = True,
     ) -> PixelDecoderOutput | tuple:
         """Predict the velocity of a noisy image.
@@ -250,6 +252,8 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             latent_features: `encode_latents(latents, H, W)`, in place of `latents`.
             return_features: patch blocks (from 0) whose image tokens are wanted.
             return_aux_rgb: also return the adapter's auxiliary low-resolution image.
+            chunk_size: patches on which everything but attention works at a time; by default all. Fewer take less
+                memory, and on a CPU less time; the numbers stay the same to rounding.
 
         Raises:
             ValueError: shapes that do not fit the model, text missing or in excess.
@@ -260,6 +264,8 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             raise ValueError(
                 f"expected an image (B, 3, H, W) with H and W multiples of {patch}, got {tuple(hidden_states.shape)}"
             )
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"expected a chunk_size of at least 1 patch, got {chunk_size}")
         if (encoder_hidden_states is None) != (self.text_embed is None):
             expected = "no text (text_embed_dim=None)" if self.text_embed is None else "encoder_hidden_states"
             raise ValueError(f"this model expects {expected}")
@@ -292,7 +298,7 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
                 injection = i // self.config.injection_interval
                 h = h + self.adapter.sigma_gates[injection](h, latent_features.injections[injection], sigma)
             is_last = i == len(self.patch_blocks) - 1
-            h, text = self._run(block, h, text, condition, rotary, text_rope, is_last)
+            h, text = self._run(block, h, text, condition, rotary, text_rope, is_last, chunk_size)
             if return_features is not None and i in return_features:
                 features[i] = h.transpose(1, 2).unflatten(2, grid)
 
@@ -301,11 +307,11 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         if latent_features is not None and latent_features.pixel is not None:
             s = s + self.adapter.pixel_sigma_gate(s, latent_features.pixel, sigma)
         rotary = image_rotary(*grid, self.config.pixel_attention_head_dim, reference, device)
-        positions = pixel_positions(height, width, self.config.pixel_dim, device).to(dtype)
-        pixels = self._patches(self.pixel_embed(image.movedim(1, -1)) + positions, patch)
+        pixels = self._pixels(image)
         for block in self.pixel_blocks:
-            pixels = self._run(block, pixels, s, rotary)
-        output = self._image(self.proj_out(self.norm_out(pixels)), grid, patch).to(hidden_states.dtype)
+            pixels = self._run(block, pixels, s, rotary, chunk_size)
+        output = in_chunks(chunk_size, lambda x: self.proj_out(self.norm_out(x)), pixels)
+        output = self._image(output, grid, patch).to(hidden_states.dtype)
 
         if self.config.prediction_type == "sample":
             if self.config.aux_rgb_base:
@@ -325,11 +331,19 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
-    @staticmethod
-    def _patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-        """(B, H, W, d) -> (B, L, P^2, d), patches and pixels in them row by row."""
-        x = pixels.unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    def _pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> pixel tokens (B, L, P^2, d), patches and pixels in them row by row."""
+        patch, half = self.config.patch_size, self.config.pixel_dim // 2
+        # (B, Hp, Wp, P, P, 3): three channels are cheaper to bring in order than d.
+        x = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+        pixels = self.pixel_embed(x)
+        column, row = (
+            pixel_positions(size, 2 * half, image.device).to(pixels.dtype).unflatten(0, (-1, patch))
+            for size in (image.shape[3], image.shape[2])
+        )
+        pixels[..., :half] += column[:, None]
+        pixels[..., half:] += row[:, None, :, None]
+        return pixels.flatten(3, 4).flatten(1, 2)
 
     @staticmethod
     def _image(pixels: torch.Tensor, grid: tuple[int, int], patch: int) -> torch.Tensor:
