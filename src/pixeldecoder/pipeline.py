@@ -4,13 +4,12 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchLCMScheduler
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -20,10 +19,13 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pixeldecoder.latents import SPACES, ImageEncoder, add_noise, encode, unreachable
+from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.plan import plan
 from pixeldecoder.presets import HUB_REPOSITORY, PRESETS, RELEASED_LICENSE, find_preset
 from pixeldecoder.text import PromptEncoder, encode_prompts
+from pixeldecoder.tiling import tiled_velocity
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +50,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         latent_space: whose latents it decodes, a key of `pixeldecoder.latents.SPACES`, if that is known: weights do not
             tell "flux", "sd3" and "qwenimage" apart.
         license: of the weights, which is printed once when they are loaded.
+        trained_size: side in pixels of the largest square image that the network is made for; larger ones are tiled.
 
     Attributes:
         prompt_encoder: `PromptEncoder`, for prompts where there is no `text_encoder`: Gemma-2 from the Hub, loaded at
@@ -69,6 +72,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         default_guidance_scale: float = 1.0,
         latent_space: str | None = None,
         license: str | None = None,
+        trained_size: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -83,9 +87,9 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             default_guidance_scale=default_guidance_scale,
             latent_space=latent_space,
             license=license,
+            trained_size=trained_size,
         )
         self.prompt_encoder = PromptEncoder()
-        self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "PixelDecoderPipeline":
@@ -142,6 +146,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             default_guidance_scale=known.guidance_scale,
             latent_space=known.latent_space,
             license=RELEASED_LICENSE,
+            trained_size=known.trained_size,
         )
 
     @torch.no_grad()
@@ -163,6 +168,10 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image",),
+        tile_size: int | Literal["auto"] | None = "auto",
+        tile_overlap: int | None = None,
+        chunk_size: int | None = None,
+        max_memory: int | str | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Decode latents.
 
@@ -182,12 +191,20 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1].
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"image": x})`, x unclamped
                 (B, 3, H, W); an "image" in the dictionary that it returns replaces x.
+            tile_size: side in pixels of the tiles in which the velocity is predicted, at every step on one canvas of
+                noise; `None` for the whole image at once. "auto" tiles what is larger than the network is made for, or
+                than the memory allows.
+            tile_overlap: pixels that neighbouring tiles share, by default 64.
+            chunk_size: patches that the network works on at a time, apart from attention; by default what suits the
+                device and the memory.
+            max_memory: bytes, or a string such as "6GB", that all of it may take; by default what is free.
 
         Returns:
             `ImagePipelineOutput`, or a tuple of the images.
 
         Raises:
-            ValueError: inputs that do not fit the network; the message says what was expected and what came.
+            ValueError: inputs that do not fit the network, or an image that does not fit the memory; the message says
+                what was expected and what came.
         """
         config = self.transformer.config
         device = self._execution_device
@@ -196,12 +213,19 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of ['image'], got {sorted(unknown)}")
         if latents is not None:
-            latents, height, width = self._check_latents(latents)
+            latents = self._check_latents(latents)
             batch = len(latents)
+            cell = config.scale * config.latent_downscale_factor
+            size = latents.shape[-2] * cell, latents.shape[-1] * cell
+            # Patches of several cells: pad to whole ones, and crop the image.
+            cells = config.patch_size // math.gcd(cell, config.patch_size)
+            padding = [-side % cells for side in latents.shape[-2:]]
+            latents = F.pad(latents, (0, padding[1], 0, padding[0]), mode="replicate")
+            height, width = (side * cell for side in latents.shape[-2:])
         elif config.latent_channels is not None:
             raise ValueError(f"expected latents of shape (B, {config.latent_channels}, h, w), got none")
         else:
-            height, width = self._check_size(height, width)
+            height, width = size = self._check_size(height, width)
             several = next((given for given in (prompt_embeds, prompt, generator) if not isinstance(given, _ONE)), [0])
             batch = len(several)
         sigma = self._check_sigma(sigma, batch, device)
@@ -214,32 +238,57 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         if guide:
             negative = self._prompt_embeds(negative_prompt or "", negative_prompt_embeds, batch, "negative_prompt")
 
+        layout = plan(
+            self.transformer, height, width, batch, 0 if embeds is None else embeds.shape[1], tile_size=tile_size,
+            tile_overlap=tile_overlap, chunk_size=chunk_size, max_memory=max_memory,
+            trained_size=self.config.trained_size, device=device,
+        )  # fmt: skip
+
         # Sampling works in float32 whatever the dtype of the network (method: Sampling).
         image = randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
         features = None
         if latents is not None:
             features = self.transformer.encode_latents(latents.to(device), height, width)
         scheduler = self._set_times(num_inference_steps, sigmas, height, width, device)
-        step_kwargs = {} if isinstance(scheduler, DPMSolverMultistepScheduler) else {"generator": generator}
 
-        def velocity(time: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
-            output = self.transformer(image, time, text, sigma=sigma, latent_features=features, return_dict=False)
-            return output[0].float()
+        def velocity(
+            image: torch.Tensor, features: LatentFeatures | None, time: torch.Tensor, text: torch.Tensor | None
+        ) -> torch.Tensor:
+            return self.transformer(
+                image, time, text, sigma=sigma, latent_features=features, chunk_size=layout.chunk_size,
+                return_dict=False,
+            )[0].float()  # fmt: skip
 
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress:
+        def guided(image: torch.Tensor, features: LatentFeatures | None) -> torch.Tensor:
+            v = velocity(image, features, time, embeds)
+            if not guide:
+                return v
+            v_u = velocity(image, features, time, negative)  # without text alone: the latents are present in both
+            return v_u + guidance_scale * (v - v_u)
+
+        aux_pixels = config.patch_size // config.scale
+        with self.progress_bar(total=len(scheduler.timesteps) * len(layout.tiles)) as progress:
             for step, timestep in enumerate(scheduler.timesteps):
                 # Not `timestep`, which DPM-Solver++ rounds to an integer.
                 time = 1000 * scheduler.sigmas[step]
-                v = velocity(time, embeds)
-                if guide:  # on text alone: the latents are present in both
-                    v_u = velocity(time, negative)
-                    v = v_u + guidance_scale * (v - v_u)
-                image = scheduler.step(v, timestep, image, **step_kwargs, return_dict=False)[0]
+                if layout.tiled:
+                    v = tiled_velocity(
+                        guided, image, features, layout.tiles, config.patch_size, aux_pixels, progress.update
+                    )
+                else:
+                    v = guided(image, features)
+                    progress.update()
+                if isinstance(scheduler, FlowMatchLCMScheduler):
+                    image = lcm_step(v, image, *scheduler.sigmas[step : step + 2], generator)
+                else:
+                    image = scheduler.step(v, timestep, image, return_dict=False)[0]
+                del v
                 if callback_on_step_end is not None:
                     image = (callback_on_step_end(self, step, timestep, {"image": image}) or {}).get("image", image)
-                progress.update()
 
-        images = self.image_processor.postprocess(image.clamp(-1, 1), output_type=output_type)
+        del features
+        image = image[..., : size[0], : size[1]]
+        images = postprocess(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -310,15 +359,15 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             noise = randn_tensor(latents.shape, generator=noise_generator, device=latents.device, dtype=latents.dtype)
             space = SPACES.get(self.config.latent_space or "")
             latents = add_noise(latents, noise, levels, space.frame if space else "flow")
-        output_type = kwargs.pop("output_type", "pil")
-        scale = self.transformer.config.scale
-        images = self(latents, sigma=float(levels), output_type="pt", **kwargs).images
-        images = images[..., : image.height * scale, : image.width * scale]
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return ImagePipelineOutput(images=VaeImageProcessor.numpy_to_pil(images) if output_type == "pil" else images)
+        images = self(latents, sigma=float(levels), **kwargs).images
+        height, width = (side * self.transformer.config.scale for side in (image.height, image.width))
+        if isinstance(images, list):
+            images = [picture.crop((0, 0, width, height)) for picture in images]
+        else:
+            images = images[:, :height, :width] if isinstance(images, np.ndarray) else images[..., :height, :width]
+        return ImagePipelineOutput(images=images)
 
-    def _check_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    def _check_latents(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.transformer.config
         if config.latent_channels is None:
             raise ValueError("this network is a text-to-image prior: it takes no latents")
@@ -333,14 +382,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                 f"expected finite latents, {int((~latents.isfinite()).sum())} of {latents.numel()} values are NaN or "
                 "infinite: the model that made them overflowed; try bfloat16 or float32 there"
             )
-        cell = config.scale * config.latent_downscale_factor
-        height, width = (side * cell for side in latents.shape[-2:])
-        if height % config.patch_size or width % config.patch_size:
-            raise ValueError(
-                f"latents of {tuple(latents.shape[-2:])} make an image of {height} x {width} pixels, which patches of "
-                f"{config.patch_size} do not tile: pad them to multiples of {config.patch_size // cell}"
-            )
-        return latents, height, width
+        return latents
 
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         patch = self.transformer.config.patch_size
@@ -394,6 +436,32 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             scheduler.set_timesteps(sigmas=times, device=device)
         scheduler.set_begin_index(0)
         return scheduler
+
+
+def postprocess(image: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
+    """Image (B, 3, H, W) in [-1, 1] -> "pt", "np" or "pil", as diffusers' `VaeImageProcessor`, with one copy."""
+    image = (image * 0.5).add_(0.5).clamp_(0, 1)
+    if output_type == "pt":
+        return image
+    if output_type == "np":
+        return image.cpu().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in image.mul_(255).round_().to(torch.uint8)]
+
+
+def lcm_step(
+    velocity: torch.Tensor,
+    image: torch.Tensor,
+    t: torch.Tensor,
+    t_next: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> torch.Tensor:
+    """x0 = x - t v, then (1 - t') x0 + t' noise (method: Sampling), overwriting the velocity.
+
+    The same numbers as `FlowMatchLCMScheduler.step`, whose seven tensors as large as the image would be the peak of a
+    tiled decode; here are three.
+    """
+    noise = randn_tensor(image.shape, generator=generator, device=image.device, dtype=torch.float32)
+    return velocity.mul_(-t).add_(image).mul_(1 - t_next).add_(noise.mul_(t_next))
 
 
 @functools.cache

@@ -23,6 +23,11 @@ class Preset:
     guidance_scale: float
 
     @property
+    def trained_size(self) -> int:
+        """Side in pixels of the largest square image it was trained on."""
+        return 3840 if "2kto4k" in self.name else 2048
+
+    @property
     def filename(self) -> str:
         """Path in the Hub repository."""
         return f"checkpoints/{self.name}/model_ema_bf16.pth"

@@ -1,0 +1,254 @@
+"""A network, an image size and a memory budget in; how to run it, and what it will take, out."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from pixeldecoder.models.layers import attention
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.tiling import Tiles, cut
+
+MIB = 2**20
+OVERLAP = 64
+"""Pixels that neighbouring tiles share, by default."""
+CHUNK_BYTES = {"cpu": 8 * MIB}
+"""Largest tensor of a chunk: on a CPU it is to stay in the cache, elsewhere to keep the device busy."""
+OTHER_CHUNK_BYTES = 128 * MIB
+SMALLEST_CHUNK = 16
+WORKSPACE = 96 * MIB
+"""What libraries allocate for themselves: oneDNN's kernels, cuBLAS' workspace, fragments."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an image of `height` x `width` pixels is decoded."""
+
+    height: int
+    width: int
+    tiles: Tiles
+    """One tile: whole."""
+    chunk_size: int
+    memory: int
+    """Peak in bytes, of the process on a CPU, else of what is allocated on the device; the weights are in it."""
+    matrix_flops: float
+    """Of matrix products in one pass over the image."""
+    attention_flops: float
+
+    @property
+    def tiled(self) -> bool:
+        return len(self.tiles) > 1
+
+    def __str__(self) -> str:
+        how = f"{len(self.tiles)} tiles of {self.tiles.width} x {self.tiles.height} px" if self.tiled else "whole"
+        return (
+            f"{self.width} x {self.height} px, {how}, {self.chunk_size} patches at a time, "
+            f"{self.memory / 1e9:.1f} GB of memory"
+        )
+
+
+def plan(
+    model: PixelDecoderTransformer2DModel,
+    height: int,
+    width: int,
+    batch: int = 1,
+    text_tokens: int = 0,
+    *,
+    tile_size: int | Literal["auto"] | None = "auto",
+    tile_overlap: int | None = None,
+    chunk_size: int | None = None,
+    max_memory: int | str | None = None,
+    trained_size: int | None = None,
+    device: torch.device | None = None,
+) -> Plan:
+    """Choose chunks and tiles that stay under a memory budget, whole if the decoder is made for the size.
+
+    Args:
+        model: in the dtype it will run in.
+        height, width: of the image in pixels, multiples of the patch size.
+        batch: images at a time.
+        text_tokens: of the prompt.
+        tile_size: side in pixels, "auto", or `None` for the whole image.
+        tile_overlap: pixels; by default 64.
+        chunk_size: patches; by default what suits the device, fewer if memory is short.
+        max_memory: bytes, or a string such as "6GB"; by default what is free.
+        trained_size: side in pixels of the largest square image that the decoder is made for, if that is known.
+        device: where the model will run; by default where it is.
+
+    Raises:
+        ValueError: what is asked for does not fit, or no choice does; the message tells what would.
+    """
+    patch = model.config.patch_size
+    device = device or model.device
+    budget = memory_budget(device, max_memory)
+    overlap = OVERLAP if tile_overlap is None else tile_overlap
+    default = default_chunk_size(model, device) if chunk_size is None else chunk_size
+    if default < 1:
+        raise ValueError(f"expected a chunk size of at least 1 patch, got {chunk_size}")
+    chunks = [default]
+    while chunk_size is None and chunks[-1] > SMALLEST_CHUNK:
+        chunks.append(max(SMALLEST_CHUNK, chunks[-1] // 4))
+
+    longest = max(height, width)
+    if tile_size == "auto":
+        beyond = trained_size and (height * width > trained_size**2 or longest > 2 * trained_size)
+        first = trained_size if beyond and trained_size else longest
+        sides = [first]
+        smallest = max(4 * overlap, 2 * patch)
+        while sides[-1] > smallest:
+            sides.append(max(smallest, sides[-1] // 2 // patch * patch))
+    else:
+        sides = [longest if tile_size is None else tile_size]
+    for side in sides:
+        tiles = cut(height, width, max(side, 2 * patch), overlap if side < longest else 0, patch)
+        for chunk in chunks:
+            memory = peak_memory(model, height, width, batch, text_tokens, tiles, chunk, device)
+            if memory <= budget:
+                flops = count_flops(model, tiles.height // patch * (tiles.width // patch), text_tokens)
+                matrix, attended = (batch * len(tiles) * x for x in flops)
+                return Plan(height, width, tiles, chunk, memory, matrix, attended)
+    what = f"{tiles.width} x {tiles.height} px tiles" if len(tiles) > 1 else "the whole image"
+    raise ValueError(
+        f"{width} x {height} px would take {memory / 1e9:.2f} GB with {what} and {chunk} patches at a time, but "
+        f"{budget / 1e9:.2f} GB may be used: allow more memory, or make "
+        + ("a smaller image" if tile_size == "auto" else "smaller tiles or a smaller image")
+    )
+
+
+def default_chunk_size(model: PixelDecoderTransformer2DModel, device: torch.device) -> int:
+    """Patches whose modulation after attention, the largest tensor there is, takes `CHUNK_BYTES`."""
+    config = model.config
+    bytes_ = 4 * config.patch_size**2 * config.pixel_dim * model.dtype.itemsize
+    return max(SMALLEST_CHUNK, CHUNK_BYTES.get(device.type, OTHER_CHUNK_BYTES) // bytes_)
+
+
+def memory_budget(device: torch.device, max_memory: int | str | None = None) -> int:
+    """Bytes that may be held in all, by what is held already and what is free, or as given.
+
+    Raises:
+        ValueError: not a size.
+    """
+    if max_memory is not None:
+        try:
+            budget = convert_file_size_to_int(max_memory)
+        except ValueError:
+            raise ValueError(f'max_memory {max_memory!r}: expected bytes, or a size such as "6GB"') from None
+        if budget <= 0:
+            raise ValueError(f"max_memory {max_memory!r}: expected more than nothing")
+        return budget
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    else:
+        free = psutil.virtual_memory().available
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        if limit.is_file() and limit.read_text().strip().isdigit():  # a container's
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return held_memory(device) + int(0.95 * free)
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes allocated on a device, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory(
+    model: PixelDecoderTransformer2DModel,
+    height: int,
+    width: int,
+    batch: int,
+    text_tokens: int,
+    tiles: Tiles,
+    chunk_size: int,
+    device: torch.device,
+) -> int:
+    """Peak in bytes that decoding reaches, from what is held now and the tensors alive at once in each phase."""
+    config, item = model.config, model.dtype.itemsize
+    dim = config.num_attention_heads * config.attention_head_dim
+    pixel_attn = config.num_pixel_attention_heads * config.pixel_attention_head_dim
+    pixel_values = config.patch_size**2 * config.pixel_dim  # of a patch
+    whole = batch * height * width // config.patch_size**2
+    tile = batch * tiles.height * tiles.width // config.patch_size**2
+    chunk = min(chunk_size * batch, tile)
+
+    canvas = 12 * batch * height * width  # float32 RGB
+    features = adapter = 0
+    if model.adapter is not None:
+        injections = len(model.adapter.heads) + config.inject_pixels
+        features = injections * whole * dim * item
+        adapter = 5 * whole * config.adapter_dim * item
+        if len(tiles) > 1:
+            features += injections * tile * dim * item
+    tokens = tile * dim * item
+    text = batch * text_tokens * dim * item
+    joint = 3 * (tokens + text) * (2 if text else 1)  # queries, keys and values, and once more to join text and image
+    patch_chunk = chunk * 12 * dim * item  # three times the MLP's width, and what is left of 8/3
+    patch_phase = 2 * tokens + joint + tokens + text + patch_chunk
+    pixel_chunk = chunk * 12 * pixel_values * item
+    pixel_phase = 2 * tokens + 2 * tile * pixel_values * item + 4 * tile * pixel_attn * item + pixel_chunk
+    tile_canvas = 12 * tile * config.patch_size**2
+    network = (2 if len(tiles) > 1 else 1) * canvas + 2 * tile_canvas + max(patch_phase, pixel_phase)
+    weights = 0 if model.device == device else sum(p.numel() * p.itemsize for p in model.parameters())
+    return held_memory(device) + weights + WORKSPACE + features + int(1.1 * max(adapter, network, 3 * canvas))
+
+
+def count_flops(model: PixelDecoderTransformer2DModel, tokens: int, text_tokens: int = 0) -> tuple[float, float]:
+    """Floating-point operations, two to a multiplication and addition, of one pass over an image of `tokens` patches:
+    those of matrix products, and those of attention. The adapter, run once, is left out."""
+    config = model.config
+    dim = config.num_attention_heads * config.attention_head_dim
+    attn = config.num_pixel_attention_heads * config.pixel_attention_head_dim
+    pixels, d = config.patch_size**2, config.pixel_dim
+    layers, stream = config.num_layers, dim * (4 * dim + 3 * int(8 * dim / 3))
+    weights = tokens * (3 * pixels * dim + layers * stream)
+    if config.text_embed_dim is not None:
+        weights += text_tokens * (config.text_embed_dim * dim + layers * stream - (stream - 3 * dim * dim))
+    if model.adapter is not None:
+        gates = len(model.adapter.heads) + config.inject_pixels
+        weights += tokens * gates * 2 * dim * (dim if config.per_channel_gate else 1)
+    pixel_block = dim * 6 * d * pixels + 2 * pixels * d * attn + 4 * attn * attn + pixels * 8 * d * d
+    weights += tokens * (config.num_pixel_layers * pixel_block + 6 * d * pixels)
+    attended = layers * (tokens + text_tokens) ** 2 * dim + config.num_pixel_layers * tokens**2 * attn
+    return 2.0 * weights, 4.0 * attended
+
+
+def measure_rates(model: PixelDecoderTransformer2DModel, tokens: int = 4096) -> tuple[float, float]:
+    """FLOP/s of the device in matrix products and in attention of the network's widths, in a second or two."""
+    config, device = model.config, model.device
+    dim = config.num_attention_heads * config.attention_head_dim
+    x = torch.randn(tokens, dim, device=device, dtype=model.dtype)
+    weight = torch.randn(4 * dim, dim, device=device, dtype=model.dtype)
+    shape = (1, tokens, config.num_attention_heads, config.attention_head_dim)
+    qkv = torch.randn(3, *shape, device=device, dtype=model.dtype)
+    with torch.no_grad():
+        products = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
+        attended = _seconds(lambda: attention(*qkv), device)
+    return 8 * tokens * dim * dim / products, 4 * tokens**2 * dim / attended
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The fastest of a few runs."""
+    synchronize = getattr(torch, device.type).synchronize
+    best, until = math.inf, time.perf_counter() + 0.3
+    for run in range(50):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        if run:
+            best = min(best, time.perf_counter() - start)
+        if run > 1 and time.perf_counter() > until:
+            break
+    return best

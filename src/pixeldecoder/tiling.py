@@ -1,0 +1,125 @@
+"""One noisy canvas in, its velocity out, tile by tile: images of any size.
+
+The network sees one tile at a time, with what the adapter made of the *whole* latents. Velocities, not images, are
+blended, at every step and on one canvas of noise, so that neighbouring tiles agree and no seam appears.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from pixeldecoder.models.adapter import LatentFeatures
+
+
+class Tiles(NamedTuple):
+    """How an image is cut: equal tiles, evenly spread, in pixels."""
+
+    height: int
+    width: int
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+    overlap: int
+    """At least, where there are several."""
+
+    def __len__(self) -> int:
+        return len(self.tops) * len(self.lefts)
+
+
+def cut(height: int, width: int, tile_size: int, overlap: int, patch: int) -> Tiles:
+    """Tiles of at most `tile_size` a side for an image, all in pixels; borders lie between patches.
+
+    Raises:
+        ValueError: a tile of less than two patches, or not larger than its overlap.
+    """
+    if tile_size < 2 * patch:
+        raise ValueError(f"tile size {tile_size}: expected at least {2 * patch} pixels, two patches")
+    if overlap < 0 or overlap >= tile_size:
+        raise ValueError(f"tile overlap {overlap}: expected less than the tile size, {tile_size} pixels")
+    (tile_height, tops), (tile_width, lefts) = (_spread(side, tile_size, overlap, patch) for side in (height, width))
+    return Tiles(tile_height, tile_width, tops, lefts, overlap)
+
+
+def _spread(side: int, tile: int, overlap: int, patch: int) -> tuple[int, tuple[int, ...]]:
+    """Side of the tiles and where they start, counted in patches on the way."""
+    length, tile, overlap = side // patch, tile // patch, -(-overlap // patch)
+    if length <= tile:
+        return side, (0,)
+    overlap = min(overlap, tile - 1)
+    count = -(-(length - overlap) // (tile - overlap))
+    tile = -(-(length + (count - 1) * overlap) // count)  # no larger than so many tiles need
+    return tile * patch, tuple(i * (length - tile) // (count - 1) * patch for i in range(count))
+
+
+def tiled_velocity(
+    velocity: Callable[[torch.Tensor, LatentFeatures | None], torch.Tensor],
+    image: torch.Tensor,
+    features: LatentFeatures | None,
+    tiles: Tiles,
+    patch: int,
+    aux_pixels: int,
+    on_tile: Callable[[], object],
+) -> torch.Tensor:
+    """The velocity of a whole noisy image.
+
+    Args:
+        velocity: of one tile, from its noisy image (B, 3, h, w) and the features of its patches.
+        image: (B, 3, H, W).
+        features: of the whole image.
+        tiles: of it.
+        patch, aux_pixels: side of a patch in pixels, of the image and of the auxiliary image.
+        on_tile: called after each.
+    """
+    output = torch.zeros_like(image)
+    rows, columns = (
+        _weights(side, tile, starts, tiles.overlap, image.device)
+        for side, tile, starts in (
+            (image.shape[2], tiles.height, tiles.tops),
+            (image.shape[3], tiles.width, tiles.lefts),
+        )
+    )
+    for top, row in zip(tiles.tops, rows, strict=True):
+        for left, column in zip(tiles.lefts, columns, strict=True):
+            area = (..., slice(top, top + tiles.height), slice(left, left + tiles.width))
+            part = features and crop(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
+            output[area] += velocity(image[area], part) * row[:, None] * column
+            on_tile()
+    return output
+
+
+def _weights(side: int, tile: int, starts: tuple[int, ...], overlap: int, device: torch.device) -> list[torch.Tensor]:
+    """For each tile its weights along one axis (tile,): ramps towards its neighbours; over all tiles they sum to 1."""
+    position = torch.arange(tile, device=device) + 0.5
+    ramp = torch.minimum(position, tile - position).clamp(max=max(overlap, 1))
+    total = torch.zeros(side, device=device)
+    weights = []
+    for i, start in enumerate(starts):
+        weight = ramp.clone()
+        if i == 0:
+            weight[: tile // 2] = max(overlap, 1)
+        if i == len(starts) - 1:
+            weight[tile // 2 :] = max(overlap, 1)
+        total[start : start + tile] += weight
+        weights.append(weight)
+    return [weight / total[start : start + tile] for weight, start in zip(weights, starts, strict=True)]
+
+
+def crop(
+    features: LatentFeatures, columns: int, tiles: Tiles, top: int, left: int, patch: int, aux_pixels: int
+) -> LatentFeatures:
+    """One tile's features of those of an image `columns` patches wide."""
+
+    def patches(tokens: torch.Tensor, size: int = patch) -> torch.Tensor:
+        grid = tokens.unflatten(1, (-1, columns))
+        rows = slice(top // patch, (top + tiles.height) // patch)
+        return grid[:, rows, left // patch : (left + tiles.width) // patch].flatten(1, 2)
+
+    aux = features.aux_rgb
+    if aux is not None:
+        y, x, height, width = (side // patch * aux_pixels for side in (top, left, tiles.height, tiles.width))
+        aux = aux[..., y : y + height, x : x + width]
+    return LatentFeatures(
+        injections=tuple(patches(tokens) for tokens in features.injections),
+        pixel=None if features.pixel is None else patches(features.pixel),
+        aux_rgb=aux,
+    )
