@@ -187,3 +187,13 @@ def rotate(x, angles):
 def attention(q, k, v):
     """(B, L, heads, hd) -> (B, L, heads hd); PyTorch's, as a plain implementation takes it, too."""
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+
+
+def decoder(pipeline, latents, steps):
+    """For the benchmark: `--configs oracle:decoder`."""
+    assert steps == 4
+
+    def run():
+        return (Oracle(pipeline.transformer).decode(latents, generator=torch.Generator().manual_seed(0)) + 1) / 2
+
+    return run

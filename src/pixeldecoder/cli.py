@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from pixeldecoder.pipeline import PixelDecoderPipeline
 
-MAX_PIXELS = 4096 * 4096
-"""Largest output; beyond it memory would run out rather than an error appear."""
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 LATENT_SUFFIXES = (".safetensors", ".npy", ".pt")
 
@@ -35,19 +33,71 @@ class Decoder:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """"auto": the fastest there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights. "auto": float32 on the CPU, bfloat16 elsewhere."""
+    """Of the weights. "auto": bfloat16, but float32 on a CPU that has no instructions for it."""
     seed: int = 0
     """The same seed gives the same image."""
     steps: int | None = None
     """Sampling steps; by default what the decoder was made for (nano: 4)."""
+    tile: str = "auto"
+    """Side in pixels of the tiles that a large image is decoded in, on one canvas of noise; "none": whole. "auto":
+    tiles for what is larger than the decoder was trained on, or than the memory allows."""
+    tile_overlap: int | None = None
+    """Pixels that neighbouring tiles share; by default 64."""
+    chunk: int | None = None
+    """Patches at a time, apart from attention; by default what suits device and memory."""
+    max_memory: str | None = None
+    """Such as 6GB: of the process on a CPU, else of the device; by default what is free."""
+    quantize: Literal["none", "int8", "float8", "float8-storage"] = "none"
+    """Of the weights of the large matrix products: see docs/performance.md."""
+    attention: str = "auto"
+    """Kernel, by diffusers' name ("flash", "sage", "_native_cudnn"...). "auto": what suits the device."""
+    compile: bool = False
+    """Let torch.compile fuse the blocks: minutes at first (kept in $PIXELDECODER_CACHE), faster from then on."""
 
-    def load(self) -> "PixelDecoderPipeline":
+    def load(self, place: bool = True) -> "PixelDecoderPipeline":
+        """`place`: move it to the device, or arrange that its blocks take turns there."""
+        import logging
+
+        from pixeldecoder.performance import compile_blocks, quantize, set_attention
         from pixeldecoder.pipeline import PixelDecoderPipeline
+        from pixeldecoder.plan import must_offload
 
+        self.call_kwargs()  # complain before loading
         device = self.torch_device()
-        pipeline = PixelDecoderPipeline.from_pretrained(self.decoder, torch_dtype=self.torch_dtype(device)).to(device)
+        pipeline = PixelDecoderPipeline.from_pretrained(self.decoder, torch_dtype=self.torch_dtype(device))
         pipeline.set_progress_bar_config(desc="steps", leave=False)
+        logging.getLogger("pixeldecoder.pipeline").setLevel(logging.INFO)  # what was planned
+        model, target = pipeline.transformer, torch_device_of(device)
+        set_attention(model, self.attention)
+        quantize(model, self.quantize)
+        if not place:
+            return pipeline
+        if must_offload(model, target, self.max_memory):
+            print("the weights take turns on the device: slower, but they fit", file=sys.stderr)
+            model.enable_group_offload(target, offload_type="block_level", num_blocks_per_group=1, use_stream=True)
+            if pipeline.encoder is not None:
+                pipeline.encoder.to(target)
+        else:
+            pipeline.to(target)
+        if self.compile:
+            compile_blocks(model)
         return pipeline
+
+    def call_kwargs(self) -> dict[str, Any]:
+        """For the pipeline's call."""
+        from pixeldecoder.plan import memory_budget
+
+        if self.tile not in ("auto", "none") and not self.tile.isdigit():
+            raise ValueError(f'--tile {self.tile}: expected "auto", "none" or a side in pixels')
+        memory_budget(torch_device_of("cpu"), self.max_memory)
+        tiles: Any = {"auto": "auto", "none": None}.get(self.tile, self.tile)
+        return {
+            "num_inference_steps": self.steps,
+            "tile_size": int(tiles) if self.tile.isdigit() else tiles,
+            "tile_overlap": self.tile_overlap,
+            "chunk_size": self.chunk,
+            "max_memory": self.max_memory,
+        }
 
     def torch_device(self) -> str:
         import torch
@@ -66,7 +116,10 @@ class Decoder:
     def torch_dtype(self, device: str) -> "torch.dtype":
         import torch
 
-        return getattr(torch, self.dtype if self.dtype != "auto" else "float32" if device == "cpu" else "bfloat16")
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
 
     def generator(self) -> "torch.Generator":
         """On the CPU, so that a seed gives the same noise on every device."""
@@ -154,17 +207,12 @@ class Decode(Text, FilesToImages):
         text = self.text_kwargs(pipeline)
         for path, target in pairs(self.source, self.output, LATENT_SUFFIXES, self.format):
             latents = load_latents(path)
-            config = pipeline.transformer.config
-            cell = config.scale * config.latent_downscale_factor
-            check_pixels(latents.shape[-1] * cell, latents.shape[-2] * cell, path)
             with Naming(path):
                 count = len(latents) if latents.ndim == 4 else 1
                 if count > 1 and not self.source.is_dir() and target.suffix:
                     raise ValueError(f"{count} images cannot go into {target}: give a folder as output")
                 generators = [self.generator() for _ in range(count)]
-                images = pipeline(
-                    latents, sigma=self.sigma, num_inference_steps=self.steps, generator=generators, **text
-                ).images
+                images = pipeline(latents, sigma=self.sigma, generator=generators, **self.call_kwargs(), **text).images
             if count == 1:
                 save_image(images[0], target)
             else:
@@ -195,7 +243,7 @@ class Upscale(Text, FilesToImages):
         encoder = image_encoder(self.encoder, pipeline)
         text = self.text_kwargs(pipeline)
         for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, self.format):
-            image = load_image(path, pipeline.transformer.config.scale)
+            image = load_image(path)
             with Naming(path):
                 result = pipeline.upscale(
                     image,
@@ -203,8 +251,8 @@ class Upscale(Text, FilesToImages):
                     encoder=encoder,
                     # Not the sampler's: another sigma shall not change the rest of the noise.
                     noise_generator=torch.Generator().manual_seed(self.seed + 1),
-                    num_inference_steps=self.steps,
                     generator=self.generator(),
+                    **self.call_kwargs(),
                     **text,
                 )
             save_image(result.images[0], target)
@@ -243,7 +291,7 @@ class Encode:
         name = SPACES[self.encoder].encoder if self.encoder in SPACES else self.encoder
         encoder = load_image_encoder(name, device)
         for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, "safetensors"):
-            image = to_tensor(load_image(path, 1))
+            image = to_tensor(load_image(path))
             with Naming(path), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
@@ -343,7 +391,7 @@ class Generate(Text, Decoder):
         result = generate(
             pipe, decoder, self.description, stop_at=self.stop_at, seed=self.seed, latent_space=self.latent_space,
             compare=self.compare, offload=self.offload, num_images_per_prompt=self.images,
-            decoder_kwargs={"num_inference_steps": self.steps} | text,
+            decoder_kwargs=self.call_kwargs() | text,
             **{key: value for key, value in given.items() if value is not None} | extra,
         )  # fmt: skip
         taken = result.taken
@@ -432,8 +480,110 @@ class Demo(Decoder):
 
         if self.decoder != "nano":
             raise ValueError("the demo's latents are nano's: use decode or upscale with another decoder")
-        save_image(comparison(self.load(), self.generator(), self.steps), self.output / "comparison.png")
+        save_image(comparison(self.load(), self.generator(), self.call_kwargs()), self.output / "comparison.png")
         print(self.output / "comparison.png")
+
+
+@dataclass(kw_only=True)
+class Plan(Decoder):
+    """What decoding an image would take, and how it would be done, without doing it.
+
+    Example: pixeldecoder plan 4096 4096 --max-memory 6GB
+    """
+
+    width: Annotated[int, tyro.conf.Positional]
+    """Of the image in pixels."""
+    height: Annotated[int, tyro.conf.Positional]
+    batch: int = 1
+    """Images at a time."""
+
+    def run(self) -> None:
+        import torch
+
+        from pixeldecoder.performance import quantize
+        from pixeldecoder.plan import estimate_seconds, measure_rates, must_offload, plan, weight_bytes
+        from pixeldecoder.presets import PRESETS
+
+        kwargs = self.call_kwargs()
+        device = torch_device_of(self.torch_device())
+        if self.decoder in PRESETS:  # without its weights
+            from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+
+            preset = PRESETS[self.decoder]
+            with torch.device("meta"):
+                model = PixelDecoderTransformer2DModel(**preset.config).to(self.torch_dtype(device.type))
+            trained, steps, guidance = preset.trained_size, preset.num_inference_steps, preset.guidance_scale
+            quantize(model, self.quantize)
+        else:
+            pipeline = self.load(place=False)
+            model, config = pipeline.transformer, pipeline.config
+            trained, steps, guidance = (
+                config.trained_size, config.default_num_inference_steps, config.default_guidance_scale
+            )  # fmt: skip
+        patch = model.config.patch_size
+        if min(self.width, self.height, self.batch) < 1:
+            raise ValueError(f"{self.width} x {self.height} px, batch {self.batch}: expected at least 1")
+        sides = [-(-side // patch) * patch for side in (self.height, self.width)]
+        steps = kwargs.pop("num_inference_steps") or steps
+        offload = must_offload(model, device, self.max_memory)
+        text_tokens = model.config.max_text_length if model.config.text_embed_dim else 0
+        chosen = plan(
+            model,
+            sides[0],
+            sides[1],
+            self.batch,
+            text_tokens,
+            trained_size=trained,
+            device=device,
+            offload=offload,
+            **kwargs,
+        )
+        seconds = estimate_seconds(chosen, measure_rates(model, device), steps * (1 if guidance == 1 else 2))
+        print(f"{chosen}, of it {weight_bytes(model) / 1e9:.2f} GB weights{', block by block' if offload else ''}")
+        print(f"{steps} steps on {device.type} in {str(model.dtype).removeprefix('torch.')}: about {seconds:.2g} s")
+
+
+@dataclass(kw_only=True)
+class Benchmark:
+    """Time, peak memory and FLOPs of configurations at several output sizes, as a table, JSON and a plot.
+
+    Example: pixeldecoder benchmark --configs bfloat16+whole bfloat16 bfloat16+int8 --sizes 512 1024
+    """
+
+    configs: tuple[str, ...] = ("float32+whole", "bfloat16+whole", "bfloat16")
+    """Each of parts joined by "+": a dtype; "whole" or tile=PIXELS; chunk=PATCHES; compile; int8, float8 or
+    float8-storage; attention=NAME. Or "vae" (FLUX.1's), "upscaler" (it and the x4 upscaler), or module:function. All
+    are compared with the first."""
+    sizes: tuple[int, ...] = (512, 1024)
+    """Sides of the outputs in pixels."""
+    decoder: str = "nano"
+    """As in `decode`; a released name gets random weights, which are as fast."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """"auto": the fastest there is."""
+    steps: int | None = None
+    """Sampling steps."""
+    repeats: int = 3
+    """Timed runs, after one that is not."""
+    max_memory: str | None = None
+    """As in `decode`."""
+    output: Path = Path("outputs/benchmark")
+    """Folder of benchmark.json and benchmark.png."""
+
+    def run(self) -> None:
+        import json
+
+        from pixeldecoder.evaluation.benchmark import benchmark, plot
+
+        device = Decoder(device=self.device).torch_device()
+        report = benchmark(
+            list(self.configs), list(self.sizes), self.decoder, device, self.steps, self.repeats, self.max_memory
+        )
+        write_whole(self.output / "benchmark.json", lambda path: path.write_text(json.dumps(report, indent=1)))
+        try:
+            plot(report, self.output / "benchmark.png")
+        except ImportError:
+            print("no plot: pip install 'pixeldecoder[evaluate]'", file=sys.stderr)
+        print(self.output / "benchmark.json")
 
 
 @dataclass(kw_only=True)
@@ -495,6 +645,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upscale": Upscale,
     "generate": Generate,
     "convert": Convert,
+    "plan": Plan,
+    "benchmark": Benchmark,
     "train": Train,
     "distill": Distill,
 }
@@ -529,16 +681,15 @@ def check_output(source: Path, output: Path) -> None:
         raise ValueError(f"{output}: expected an image ending in {', '.join(IMAGE_SUFFIXES)}")
 
 
+def torch_device_of(name: str) -> "torch.device":
+    import torch
+
+    return torch.device(name)
+
+
 def check_sigma(sigma: float) -> None:
     if not 0 <= sigma <= 1:
         raise ValueError(f"--sigma {sigma}: expected a noise level in [0, 1]")
-
-
-def check_pixels(width: int, height: int, path: Path) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{path}: the output would be {width} x {height} pixels: expected at most {MAX_PIXELS} (4096 x 4096)"
-        )
 
 
 def load_latents(path: Path) -> "torch.Tensor":
@@ -564,15 +715,14 @@ def load_latents(path: Path) -> "torch.Tensor":
     return found.float()
 
 
-def load_image(path: Path, scale: int) -> "Image.Image":
+def load_image(path: Path) -> "Image.Image":
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            check_pixels(image.width * scale, image.height * scale, path)
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: too large: the output may have {MAX_PIXELS} pixels (4096 x 4096): {error}") from None
+        raise ValueError(f"{path}: too large to be opened safely: {error}") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 

@@ -1,6 +1,7 @@
 """Bundled latents in, a picture that compares their decodes with the original out."""
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,11 @@ from pixeldecoder.pipeline import NANO, PixelDecoderPipeline
 SIGMA = 0.3
 
 
-def comparison(pipeline: PixelDecoderPipeline, generator: torch.Generator, steps: int | None = None) -> Image.Image:
-    """A row for each bundled photo: the small photo enlarged, two decodes, the original; prints PSNR and seconds."""
+def comparison(pipeline: PixelDecoderPipeline, generator: torch.Generator, kwargs: dict[str, Any]) -> Image.Image:
+    """A row for each bundled photo: the small photo enlarged, two decodes, the original; prints PSNR and seconds.
+
+    `kwargs` are for the pipeline's call.
+    """
     rows = []
     for path in sorted((NANO / "samples").glob("*.safetensors")):
         original = to_tensor(Image.open(path.with_suffix(".webp")))
@@ -25,7 +29,7 @@ def comparison(pipeline: PixelDecoderPipeline, generator: torch.Generator, steps
         panels = [(f"input, {small.shape[-1]} px, bicubic", enlarged, 0.0)]
         for label, z, sigma in ("nano, clean latents", latents, 0.0), (f"nano, sigma {SIGMA}", noisy, SIGMA):
             begun = time.perf_counter()
-            image = pipeline(z, sigma=sigma, num_inference_steps=steps, generator=generator, output_type="pt").images
+            image = pipeline(z, sigma=sigma, generator=generator, output_type="pt", **kwargs).images
             panels.append((label, image.cpu().float() * 2 - 1, time.perf_counter() - begun))
         for label, image, seconds in panels:
             print(f"{path.stem:10} {label:24} PSNR {psnr(image, original):5.2f} dB {seconds:6.1f} s", flush=True)

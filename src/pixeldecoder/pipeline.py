@@ -244,6 +244,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             trained_size=self.config.trained_size, device=device,
         )  # fmt: skip
 
+        logger.info(str(layout))
+
         # Sampling works in float32 whatever the dtype of the network (method: Sampling).
         image = randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
         features = None
@@ -279,7 +281,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                     v = guided(image, features)
                     progress.update()
                 if isinstance(scheduler, FlowMatchLCMScheduler):
-                    image = lcm_step(v, image, *scheduler.sigmas[step : step + 2], generator)
+                    image = lcm_step(v, image, scheduler.sigmas[step], scheduler.sigmas[step + 1], generator)
                 else:
                     image = scheduler.step(v, timestep, image, return_dict=False)[0]
                 del v

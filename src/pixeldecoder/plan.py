@@ -10,6 +10,8 @@ from typing import Literal
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from torch import nn
 
 from pixeldecoder.models.layers import attention
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -22,6 +24,8 @@ CHUNK_BYTES = {"cpu": 8 * MIB}
 """Largest tensor of a chunk: on a CPU it is to stay in the cache, elsewhere to keep the device busy."""
 OTHER_CHUNK_BYTES = 128 * MIB
 SMALLEST_CHUNK = 16
+OVERHEAD = 1.25
+"""Time of what is neither a matrix product nor attention, over theirs."""
 WORKSPACE = 96 * MIB
 """What libraries allocate for themselves: oneDNN's kernels, cuBLAS' workspace, fragments."""
 
@@ -66,6 +70,7 @@ def plan(
     max_memory: int | str | None = None,
     trained_size: int | None = None,
     device: torch.device | None = None,
+    offload: bool = False,
 ) -> Plan:
     """Choose chunks and tiles that stay under a memory budget, whole if the decoder is made for the size.
 
@@ -80,6 +85,7 @@ def plan(
         max_memory: bytes, or a string such as "6GB"; by default what is free.
         trained_size: side in pixels of the largest square image that the decoder is made for, if that is known.
         device: where the model will run; by default where it is.
+        offload: its blocks will take turns there; found out where that is the case already.
 
     Raises:
         ValueError: what is asked for does not fit, or no choice does; the message tells what would.
@@ -98,17 +104,17 @@ def plan(
     longest = max(height, width)
     if tile_size == "auto":
         beyond = trained_size and (height * width > trained_size**2 or longest > 2 * trained_size)
-        first = trained_size if beyond and trained_size else longest
+        first = trained_size if beyond and trained_size else max(longest, 2 * patch)
         sides = [first]
         smallest = max(4 * overlap, 2 * patch)
         while sides[-1] > smallest:
             sides.append(max(smallest, sides[-1] // 2 // patch * patch))
     else:
-        sides = [longest if tile_size is None else tile_size]
+        sides = [max(longest, 2 * patch) if tile_size is None else tile_size]
     for side in sides:
-        tiles = cut(height, width, max(side, 2 * patch), overlap if side < longest else 0, patch)
+        tiles = cut(height, width, side, overlap if side < longest else 0, patch)
         for chunk in chunks:
-            memory = peak_memory(model, height, width, batch, text_tokens, tiles, chunk, device)
+            memory = peak_memory(model, height, width, batch, text_tokens, tiles, chunk, device, offload)
             if memory <= budget:
                 flops = count_flops(model, tiles.height // patch * (tiles.width // patch), text_tokens)
                 matrix, attended = (batch * len(tiles) * x for x in flops)
@@ -173,6 +179,7 @@ def peak_memory(
     tiles: Tiles,
     chunk_size: int,
     device: torch.device,
+    offload: bool = False,
 ) -> int:
     """Peak in bytes that decoding reaches, from what is held now and the tensors alive at once in each phase."""
     config, item = model.config, model.dtype.itemsize
@@ -200,7 +207,11 @@ def peak_memory(
     pixel_phase = 2 * tokens + 2 * tile * pixel_values * item + 4 * tile * pixel_attn * item + pixel_chunk
     tile_canvas = 12 * tile * config.patch_size**2
     network = (2 if len(tiles) > 1 else 1) * canvas + 2 * tile_canvas + max(patch_phase, pixel_phase)
-    weights = 0 if model.device == device else sum(p.numel() * p.itemsize for p in model.parameters())
+    if offload or _is_group_offload_enabled(model):
+        # A block and the next, which is on its way.
+        weights = 2 * max(weight_bytes(m) for m in model.modules() if type(m).__name__ in model._no_split_modules)
+    else:
+        weights = 0 if model.device == device else weight_bytes(model)
     return held_memory(device) + weights + WORKSPACE + features + int(1.1 * max(adapter, network, 3 * canvas))
 
 
@@ -224,9 +235,27 @@ def count_flops(model: PixelDecoderTransformer2DModel, tokens: int, text_tokens:
     return 2.0 * weights, 4.0 * attended
 
 
-def measure_rates(model: PixelDecoderTransformer2DModel, tokens: int = 4096) -> tuple[float, float]:
-    """FLOP/s of the device in matrix products and in attention of the network's widths, in a second or two."""
-    config, device = model.config, model.device
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters, of quantised ones those of their parts."""
+
+    def size(tensor: torch.Tensor) -> int:
+        if not hasattr(tensor, "__tensor_flatten__"):
+            return tensor.numel() * tensor.itemsize
+        return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+    return sum(size(parameter) for parameter in module.parameters())
+
+
+def must_offload(model: PixelDecoderTransformer2DModel, device: torch.device, max_memory: int | str | None) -> bool:
+    """Whether the weights would take more than half of an accelerator's memory, so that blocks must take turns."""
+    return device.type != "cpu" and weight_bytes(model) > memory_budget(device, max_memory) / 2
+
+
+def measure_rates(
+    model: PixelDecoderTransformer2DModel, device: torch.device, tokens: int = 4096
+) -> tuple[float, float]:
+    """FLOP/s of a device in matrix products and in attention of the network's widths and dtype; takes a second."""
+    config = model.config
     dim = config.num_attention_heads * config.attention_head_dim
     x = torch.randn(tokens, dim, device=device, dtype=model.dtype)
     weight = torch.randn(4 * dim, dim, device=device, dtype=model.dtype)
@@ -252,3 +281,8 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
         if run > 1 and time.perf_counter() > until:
             break
     return best
+
+
+def estimate_seconds(chosen: Plan, rates: tuple[float, float], passes: int) -> float:
+    """Of `passes` of the network over the image, at rates from `measure_rates`."""
+    return OVERHEAD * passes * (chosen.matrix_flops / rates[0] + chosen.attention_flops / rates[1])

@@ -130,10 +130,15 @@ class PromptEncoder:
         return self._parts
 
 
-def prompt_cache() -> Path:
-    """Where the command keeps prompt embeddings: $PIXELDECODER_CACHE, or pixeldecoder in the user's cache folder."""
+def cache_folder() -> Path:
+    """$PIXELDECODER_CACHE, or pixeldecoder in the user's cache folder."""
     base = os.environ.get("PIXELDECODER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "pixeldecoder"
-    return Path(base).expanduser() / "prompts"
+    return Path(base).expanduser()
+
+
+def prompt_cache() -> Path:
+    """Where the command keeps prompt embeddings."""
+    return cache_folder() / "prompts"
 
 
 def save_prompt_embeds(embeds: torch.Tensor, path: Path, prompt: str = "") -> None:

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +140,19 @@ def in_chunks(size: int | None, function: Callable[..., torch.Tensor], *tensors:
 
 
 def compile_methods(module: nn.Module, *names: str, **kwargs) -> None:
+    """`torch.compile` some methods of a module. Views are copied on their way in: what they are views of, and how it is
+    strided, would be compiled in, and every size and number of chunks would compile again."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(plain, x))
+        if not isinstance(x, torch.Tensor) or not x._is_view() or torch.is_grad_enabled():
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
+
     for name in names:
-        setattr(module, name, torch.compile(getattr(module, name), **kwargs))
+        compiled = torch.compile(getattr(module, name), **kwargs)
+        setattr(module, name, lambda *args, compiled=compiled: compiled(*map(plain, args)))
 
 
 class StreamNorms(nn.Module):

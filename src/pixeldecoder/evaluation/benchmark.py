@@ -1,0 +1,339 @@
+"""Configurations and sizes in, seconds, memory and FLOPs out, as JSON and a plot.
+
+Each configuration runs in a process of its own, so that its peak of memory is its own; they take turns, so that a
+machine that slows down slows all of them.
+"""
+
+import importlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchLCMScheduler
+
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.performance import compile_blocks, quantize, set_attention
+from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.plan import count_flops, measure_rates, plan
+from pixeldecoder.presets import PRESETS
+
+Run = Callable[[], torch.Tensor]
+"""Makes one image (1, 3, H, W) in [0, 1]."""
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED = ("int8", "float8", "float8-storage")
+LAYOUTS = ("auto", "whole")
+BASELINES = ("vae", "upscaler")
+UPSCALER_STEPS = 20
+
+
+def check_configuration(text: str) -> list[str]:
+    """The parts of a configuration such as "bfloat16+whole+compile".
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    parts = text.split("+")
+    for part in parts:
+        known = (*DTYPES, *QUANTIZED, *LAYOUTS, *BASELINES, "compile")
+        if part not in known and ":" not in part and not part.startswith(("tile=", "chunk=", "attention=")):
+            raise ValueError(
+                f"configuration {text}: {part!r} is unknown: expected parts of {', '.join(known)}, tile=PIXELS, "
+                "chunk=PATCHES, attention=NAME or module:function, joined by +"
+            )
+    return parts
+
+
+def benchmark(
+    configurations: list[str],
+    sizes: list[int],
+    decoder: str = "nano",
+    device: str = "cpu",
+    steps: int | None = None,
+    repeats: int = 3,
+    max_memory: str | None = None,
+    progress: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Time and peak memory of each configuration at each output size.
+
+    Args:
+        configurations: parts joined by "+": a dtype, "auto" (default) or "whole" or "tile=512", "chunk=256", "compile",
+            "int8", "float8", "float8-storage", "attention=flash"; or "vae" (FLUX.1's, to an image of that size),
+            "upscaler" (that VAE to a fourth of the size, then diffusers' x4 upscaler with 20 steps), random weights
+            both; or "module:function", called with the pipeline, the latents and the number of steps, which returns
+            what makes an image.
+        sizes: sides of square images in pixels.
+        decoder: as for `PixelDecoderPipeline.from_pretrained`; a released name is not fetched, but gets random weights.
+        device: "cpu" or "cuda".
+        steps: of the sampler.
+        repeats: timed runs, after one that is not.
+        max_memory: as for the pipeline's call.
+        progress: told every result.
+
+    Raises:
+        ValueError: an unknown configuration, or one that failed; the message has its last line.
+    """
+    for text in configurations:
+        check_configuration(text)
+    if not sizes or min(sizes) < 1 or repeats < 1 or not configurations:
+        raise ValueError(f"expected sizes and repeats of at least 1, got {sizes} and {repeats}")
+    results = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            workers = []
+            try:
+                for i, text in enumerate(configurations):
+                    task = {
+                        "configuration": text, "size": size, "decoder": decoder, "device": device, "steps": steps,
+                        "max_memory": max_memory, "image": f"{folder}/{i}.npy",
+                    }  # fmt: skip
+                    workers.append(_Worker(task))
+                seconds = [[worker.ask("run")["seconds"] for worker in workers] for _ in range(repeats)]
+                first = np.load(f"{folder}/0.npy")
+                for i, (text, worker) in enumerate(zip(configurations, workers, strict=True)):
+                    image = np.load(f"{folder}/{i}.npy")
+                    same = image.shape == first.shape and not set(text.split("+")) & set(BASELINES)
+                    error = float(((image - first) ** 2).mean()) if same else 0.0
+                    times = [row[i] for row in seconds]
+                    result = {
+                        "configuration": text,
+                        "size": size,
+                        "seconds": statistics.median(times),
+                        "fastest": min(times),
+                        "slowest": max(times),
+                        "psnr_to_first": -10 * np.log10(error) if error else None,
+                        "largest_difference_to_first": float(np.abs(image - first).max()) if same else None,
+                    } | worker.ask("report")
+                    results.append(result)
+                    progress(
+                        f"{size:5} px  {text:32} {result['seconds']:8.2f} s ({min(times):.2f} to {max(times):.2f})  "
+                        f"{result['peak_memory'] / 1e9:6.2f} GB"
+                    )
+            finally:
+                for worker in workers:
+                    worker.process.kill()
+    return {
+        "decoder": decoder,
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "results": results,
+    }
+
+
+class _Worker:
+    """A process that holds one configuration and runs it when asked."""
+
+    def __init__(self, task: dict[str, Any]):
+        self.name = task["configuration"]
+        command = [sys.executable, "-m", "pixeldecoder.evaluation.benchmark", json.dumps(task)]
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.ask("warm up")
+
+    def ask(self, what: str) -> dict[str, Any]:
+        try:
+            self.process.stdin.write(f"{what}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines() or [f"exit code {self.process.wait()}"]
+        raise ValueError(f"configuration {self.name}: {lines[-1]}")
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Time and memory over output size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    names = list(dict.fromkeys(result["configuration"] for result in report["results"]))
+    for axis, key, label, unit in (axes[0], "seconds", "time, s", 1), (axes[1], "peak_memory", "peak memory, GB", 1e9):
+        for name in names:
+            rows = [result for result in report["results"] if result["configuration"] == name]
+            axis.plot([r["size"] for r in rows], [r[key] / unit for r in rows], marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="side of the output, px", ylabel=label)
+        sizes = sorted({result["size"] for result in report["results"]})
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"{report['decoder']}, {report['device']}, {report['threads']} threads")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _cpu_name() -> str:
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else "CPU"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def _pipeline(task: dict[str, Any], parts: list[str]) -> PixelDecoderPipeline:
+    device = task["device"]
+    default = "float32" if device == "cpu" and any(":" in part for part in parts) else "bfloat16"
+    dtype = getattr(torch, next((part for part in parts if part in DTYPES), default))
+    if task["decoder"] in PRESETS:
+        preset = PRESETS[task["decoder"]]
+        with torch.device(device):
+            model = PixelDecoderTransformer2DModel(**preset.config).to(dtype).eval()
+        pipeline = PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), trained_size=preset.trained_size)
+    else:
+        pipeline = PixelDecoderPipeline.from_pretrained(task["decoder"], torch_dtype=dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _decoder_run(task: dict[str, Any], parts: list[str]) -> tuple[Run, dict[str, float]]:
+    pipeline, size = _pipeline(task, parts), task["size"]
+    model = pipeline.transformer
+    config, device = model.config, model.device
+    cell = config.scale * config.latent_downscale_factor
+    if size % cell:
+        raise ValueError(f"size {size}: expected a multiple of {cell}, a latent cell")
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, config.latent_channels, size // cell, size // cell, generator=generator)
+    steps = task["steps"] or pipeline.config.default_num_inference_steps
+    own = next((part for part in parts if ":" in part), None)
+    if own is not None:
+        module, function = own.split(":")
+        return getattr(importlib.import_module(module), function)(pipeline, latents, steps), {}
+    given = {key: value for key, _, value in (part.partition("=") for part in parts)}
+    set_attention(model, given.get("attention", "auto"))
+    quantize(model, next((part for part in parts if part in QUANTIZED), "none"))
+    if "compile" in parts:
+        compile_blocks(model)
+    text = None if config.text_embed_dim is None else torch.randn(1, config.max_text_length, config.text_embed_dim)
+    layout: dict[str, Any] = {
+        "tile_size": int(given["tile"]) if "tile" in given else None if "whole" in parts else "auto",
+        "chunk_size": int(given["chunk"]) if "chunk" in given else None,
+        "max_memory": task["max_memory"],
+    }
+    text_tokens = 0 if text is None else text.shape[1]
+    chosen = plan(model, size, size, 1, text_tokens, trained_size=pipeline.config.trained_size, **layout)
+    rates = measure_rates(model, device)
+    floor = steps * (chosen.matrix_flops / rates[0] + chosen.attention_flops / rates[1])
+    whole = sum(count_flops(model, (size // config.patch_size) ** 2, text_tokens))
+
+    def run() -> torch.Tensor:
+        return pipeline(
+            latents, prompt_embeds=text, num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
+            output_type="pt", **layout,
+        ).images  # fmt: skip
+
+    return run, {
+        "tiles": len(chosen.tiles),
+        "planned_memory": chosen.memory,
+        "tflop": steps * (chosen.matrix_flops + chosen.attention_flops) / 1e12,
+        "tflop_whole": steps * whole / 1e12,
+        "matrix_tflops": rates[0] / 1e12,
+        "attention_tflops": rates[1] / 1e12,
+        "floor_seconds": floor,
+    }
+
+
+def _baseline_run(task: dict[str, Any], name: str) -> Run:
+    """What decoding by others takes; speed does not depend on the weights' values."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DDPMScheduler,
+        StableDiffusionUpscalePipeline,
+        UNet2DConditionModel,
+    )
+
+    device, size = task["device"], task["size"]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def autoencoder(latent_channels: int, widths: tuple[int, ...]) -> AutoencoderKL:
+        kinds = {f"{way}_block_types": [f"{way.title()}{end}2D"] * len(widths) for way, end in _ENDS}
+        return AutoencoderKL(
+            block_out_channels=widths, latent_channels=latent_channels, layers_per_block=2, **kinds
+        ).eval()  # fmt: skip
+
+    with torch.device(device):
+        vae = autoencoder(16, (128, 256, 512, 512)).to(dtype)  # FLUX.1's
+        shown = size if name == "vae" else size // 4
+        latents = torch.randn(1, 16, shown // 8, shown // 8, dtype=dtype)
+
+    @torch.no_grad()
+    def decode() -> torch.Tensor:
+        return (vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    if name == "vae":
+        return decode
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            in_channels=7, out_channels=4, block_out_channels=(256, 512, 512, 1024), attention_head_dim=8,
+            cross_attention_dim=1024, num_class_embeds=1000, only_cross_attention=(True, True, True, False),
+            use_linear_projection=True, down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+            up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+        ).to(dtype)  # fmt: skip
+        upscaler = StableDiffusionUpscalePipeline(
+            vae=autoencoder(4, (128, 256, 512)).to(dtype), text_encoder=None, tokenizer=None, unet=unet,
+            low_res_scheduler=DDPMScheduler(), scheduler=DDIMScheduler(prediction_type="v_prediction"),
+        )  # fmt: skip
+        text = torch.randn(1, 77, 1024, dtype=dtype)
+    upscaler.set_progress_bar_config(disable=True)
+
+    def run() -> torch.Tensor:
+        return upscaler(
+            image=decode() * 2 - 1, prompt_embeds=text, negative_prompt_embeds=text, output_type="pt",
+            num_inference_steps=UPSCALER_STEPS,
+        ).images  # fmt: skip
+
+    return run
+
+
+_ENDS = (("down", "EncoderBlock"), ("up", "DecoderBlock"))
+
+
+def _serve(task: dict[str, Any]) -> None:
+    """A worker's life: warm up, run when asked, report."""
+    parts = check_configuration(task["configuration"])
+    baseline = next((part for part in parts if part in BASELINES), None)
+    run, facts = (_baseline_run(task, baseline), {}) if baseline else _decoder_run(task, parts)
+    on_gpu = task["device"] == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for line in sys.stdin:
+        answer: dict[str, Any] = {}
+        if line.strip() == "report":
+            unit = 1 if sys.platform == "darwin" else 1024
+            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            answer = facts | {"peak_memory": torch.cuda.max_memory_allocated() if on_gpu else host}
+        else:
+            start = time.perf_counter()
+            image = run()
+            if on_gpu:
+                torch.cuda.synchronize()
+            answer["seconds"] = time.perf_counter() - start
+            if line.strip() == "warm up":
+                np.save(task["image"], image.float().cpu().numpy())
+            del image
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
