@@ -355,7 +355,9 @@ def bundle(config: Config) -> None:
     """The pipeline's folder as it ships, with a few photos that may be passed on and their latents for the demo."""
     encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
     transformer = PixelDecoderTransformer2DModel.from_pretrained(config.out / "transformer", torch_dtype=torch.bfloat16)
-    pipeline = PixelDecoderPipeline(transformer, FlowMatchLCMScheduler(shift=1.0), encoder=encoder, latent_space="flux")
+    pipeline = PixelDecoderPipeline(
+        transformer, FlowMatchLCMScheduler(shift=1.0), encoder=encoder, latent_space="flux", trained_size=max(SIZES)
+    )
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
     pipeline = PixelDecoderPipeline.from_pretrained("nano")
     folder = NANO_FOLDER / "samples"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,3 +294,50 @@ def test_prompts(tmp_path, monkeypatch):
     assert main(["decode", "z.safetensors", "c.png", *common, "--prompt-embeds", "p.safetensors"]) == 0
     assert (pixels("a.png") == pixels("b.png")).all() and (pixels("a.png") == pixels("c.png")).all()
     assert main(["decode", "z.safetensors", "d.png", *common, "--prompt", "a dog", "--text-encoder", "gemma"]) == 2
+
+
+def test_plan(capsys):
+    assert main(["plan", "1024", "768", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "1024 x 768 px, 6 tiles of" in text and "4 steps on cpu in" in text and "GB of memory, of it 0.01" in text
+    assert main(["plan", "1024", "768", "--device", "cpu", "--tile", "none", "--steps", "1"]) == 0
+    assert "1024 x 768 px, whole" in (text := capsys.readouterr().out) and "1 steps on" in text
+    name = "PiD_res2k_sr4x_official_flux_distill_4step"  # not fetched
+    assert main(["plan", "2048", "2048", "--device", "cpu", "--decoder", name, "--max-memory", "64GB"]) == 0
+    assert "2.72 GB weights" in capsys.readouterr().out
+
+
+def test_layout_options(run, capsys):
+    Image.effect_noise((48, 32), 60).convert("RGB").save("small.png")
+    nano = ["--steps", "1", "--dtype", "float32"]
+    assert run("upscale", "small.png", "whole.png", *nano) == 0
+    assert run("upscale", "small.png", "chunks.png", *nano, "--chunk", "5", "--attention", "_native_math") == 0
+    assert run("upscale", "small.png", "tiles.png", *nano, "--tile", "64", "--tile-overlap", "16") == 0
+    assert "192 x 128 px, 12 tiles of 64 x 64 px" in capsys.readouterr().err  # the plan is told
+    whole, chunks, tiles = (pixels(f"{name}.png").astype(int) for name in ("whole", "chunks", "tiles"))
+    assert abs(whole - chunks).max() <= 1 and 0 < abs(whole - tiles).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tile", "big"], '--tile big: expected "auto", "none" or a side in pixels'),
+        (["--tile", "0"], "tile size 0: expected at least 32 pixels"),
+        (["--tile", "64", "--tile-overlap", "64"], "tile overlap 64: expected less than the tile size, 64 pixels"),
+        (["--chunk", "0"], "expected a chunk size of at least 1 patch"),
+        (["--max-memory", "10MB"], "GB may be used: allow more memory"),
+        (["--max-memory", "much"], 'expected bytes, or a size such as "6GB"'),
+        (["--attention", "flash"], "flash-attn"),
+        (["--attention", "quick"], 'no attention backend "quick"'),
+        (["--quantize", "float8"], "compute capability 8.9"),
+    ],
+)
+def test_bad_layout(run, arguments, message, capsys):
+    Image.new("RGB", (48, 32)).save("small.png")
+    assert run("upscale", "small.png", "large.png", *arguments) == 2
+    assert message in capsys.readouterr().err and not Path("large.png").exists()
+
+
+def test_plan_of_nothing(capsys):
+    assert main(["plan", "0", "100", "--device", "cpu"]) == 2
+    assert "0 x 100 px, batch 1: expected at least 1" in capsys.readouterr().err

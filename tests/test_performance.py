@@ -93,3 +93,33 @@ def test_nano_in_lower_precision(change, decibels):
         images.append(pipeline(latents, generator=generator, output_type="pt").images)
     psnr = -10 * (images[0] - images[1]).square().mean().log10()
     assert decibels < psnr < 100
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu(tmp_path, monkeypatch):
+    """Chunks, tiles, kernels, compilation and float8 where they are meant to run, against the CPU in float32."""
+    monkeypatch.setenv("PIXELDECODER_CACHE", str(tmp_path))
+
+    def decode(device, dtype, change=lambda model: None, **kwargs):
+        pipeline = PixelDecoderPipeline.from_pretrained("nano", torch_dtype=dtype).to(device)
+        change(pipeline.transformer)
+        latents = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(latents, generator=generator, output_type="pt", **kwargs).images.cpu()
+
+    exact = decode("cpu", torch.float32)
+
+    def psnr(*args, **kwargs):
+        return -10 * (decode(*args, **kwargs) - exact).square().mean().log10()
+
+    assert psnr("cuda", torch.float32) > 80
+    assert psnr("cuda", torch.float32, chunk_size=100) > 80
+    assert psnr("cuda", torch.bfloat16) > 45
+    assert psnr("cuda", torch.bfloat16, compile_blocks) > 45
+    assert psnr("cuda", torch.bfloat16, tile_size=256) > 35
+    for kind in ("int8", "float8", "float8-storage"):
+        assert psnr("cuda", torch.bfloat16, lambda model, kind=kind: quantize(model, kind)) > 35
+    torch.cuda.reset_peak_memory_stats()
+    with pytest.raises(ValueError, match="allow more memory"):
+        decode("cuda", torch.bfloat16, max_memory="20MB")

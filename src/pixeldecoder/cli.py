@@ -66,7 +66,9 @@ class Decoder:
         device = self.torch_device()
         pipeline = PixelDecoderPipeline.from_pretrained(self.decoder, torch_dtype=self.torch_dtype(device))
         pipeline.set_progress_bar_config(desc="steps", leave=False)
-        logging.getLogger("pixeldecoder.pipeline").setLevel(logging.INFO)  # what was planned
+        logger = logging.getLogger("pixeldecoder.pipeline")  # what it plans
+        logger.setLevel(logging.INFO)
+        logger.handlers = [logging.StreamHandler()]
         model, target = pipeline.transformer, torch_device_of(device)
         set_attention(model, self.attention)
         quantize(model, self.quantize)

@@ -244,7 +244,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             trained_size=self.config.trained_size, device=device,
         )  # fmt: skip
 
-        logger.info(str(layout))
+        _tell_plan(str(layout))
 
         # Sampling works in float32 whatever the dtype of the network (method: Sampling).
         image = randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
@@ -464,6 +464,12 @@ def lcm_step(
     """
     noise = randn_tensor(image.shape, generator=generator, device=image.device, dtype=torch.float32)
     return velocity.mul_(-t).add_(image).mul_(1 - t_next).add_(noise.mul_(t_next))
+
+
+@functools.cache
+def _tell_plan(text: str) -> None:
+    """Once for each size and process."""
+    logger.info(text)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from pixeldecoder.tiling import Tiles, cut
 
 MIB = 2**20
 OVERLAP = 64
-"""Pixels that neighbouring tiles share, by default."""
+"""Pixels that neighbouring tiles share, by default, or a quarter of a small tile."""
 CHUNK_BYTES = {"cpu": 8 * MIB}
 """Largest tensor of a chunk: on a CPU it is to stay in the cache, elsewhere to keep the device busy."""
 OTHER_CHUNK_BYTES = 128 * MIB
@@ -80,7 +80,7 @@ def plan(
         batch: images at a time.
         text_tokens: of the prompt.
         tile_size: side in pixels, "auto", or `None` for the whole image.
-        tile_overlap: pixels; by default 64.
+        tile_overlap: pixels; by default 64, or a quarter of a small tile.
         chunk_size: patches; by default what suits the device, fewer if memory is short.
         max_memory: bytes, or a string such as "6GB"; by default what is free.
         trained_size: side in pixels of the largest square image that the decoder is made for, if that is known.
@@ -93,7 +93,6 @@ def plan(
     patch = model.config.patch_size
     device = device or model.device
     budget = memory_budget(device, max_memory)
-    overlap = OVERLAP if tile_overlap is None else tile_overlap
     default = default_chunk_size(model, device) if chunk_size is None else chunk_size
     if default < 1:
         raise ValueError(f"expected a chunk size of at least 1 patch, got {chunk_size}")
@@ -106,12 +105,13 @@ def plan(
         beyond = trained_size and (height * width > trained_size**2 or longest > 2 * trained_size)
         first = trained_size if beyond and trained_size else max(longest, 2 * patch)
         sides = [first]
-        smallest = max(4 * overlap, 2 * patch)
+        smallest = max(4 * (OVERLAP if tile_overlap is None else tile_overlap), 2 * patch)
         while sides[-1] > smallest:
             sides.append(max(smallest, sides[-1] // 2 // patch * patch))
     else:
         sides = [max(longest, 2 * patch) if tile_size is None else tile_size]
     for side in sides:
+        overlap = min(OVERLAP, side // 4) if tile_overlap is None else tile_overlap
         tiles = cut(height, width, side, overlap if side < longest else 0, patch)
         for chunk in chunks:
             memory = peak_memory(model, height, width, batch, text_tokens, tiles, chunk, device, offload)

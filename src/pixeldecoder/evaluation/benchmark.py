@@ -21,7 +21,7 @@ import torch
 from diffusers import FlowMatchLCMScheduler
 
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.performance import compile_blocks, quantize, set_attention
+from pixeldecoder.performance import Quantization, compile_blocks, quantize, set_attention
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.plan import count_flops, measure_rates, plan
 from pixeldecoder.presets import PRESETS
@@ -29,7 +29,7 @@ from pixeldecoder.presets import PRESETS
 Run = Callable[[], torch.Tensor]
 """Makes one image (1, 3, H, W) in [0, 1]."""
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZED = ("int8", "float8", "float8-storage")
+QUANTIZED: tuple[Quantization, ...] = ("int8", "float8", "float8-storage")
 LAYOUTS = ("auto", "whole")
 BASELINES = ("vae", "upscaler")
 UPSCALER_STEPS = 20
@@ -136,7 +136,7 @@ class _Worker:
     def __init__(self, task: dict[str, Any]):
         self.name = task["configuration"]
         command = [sys.executable, "-m", "pixeldecoder.evaluation.benchmark", json.dumps(task)]
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
@@ -151,8 +151,9 @@ class _Worker:
         while line := self.process.stdout.readline():
             if line.startswith("{"):
                 return json.loads(line)
+        code = self.process.wait()
         self.errors.seek(0)
-        lines = self.errors.read().strip().splitlines() or [f"exit code {self.process.wait()}"]
+        lines = self.errors.read().strip().splitlines() or [f"exit code {code}"]
         raise ValueError(f"configuration {self.name}: {lines[-1]}")
 
 
@@ -221,7 +222,9 @@ def _decoder_run(task: dict[str, Any], parts: list[str]) -> tuple[Run, dict[str,
         return getattr(importlib.import_module(module), function)(pipeline, latents, steps), {}
     given = {key: value for key, _, value in (part.partition("=") for part in parts)}
     set_attention(model, given.get("attention", "auto"))
-    quantize(model, next((part for part in parts if part in QUANTIZED), "none"))
+    for kind in QUANTIZED:
+        if kind in parts:
+            quantize(model, kind)
     if "compile" in parts:
         compile_blocks(model)
     text = None if config.text_embed_dim is None else torch.randn(1, config.max_text_length, config.text_embed_dim)

@@ -241,13 +241,14 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         return _blockwise_attention(query, key, value, scale)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    with sdpa_kernel(_KERNELS, set_priority=True) if query.device.type == "cuda" else nullcontext():
+    kernels = _KERNELS[1:] if torch.is_grad_enabled() else _KERNELS
+    with sdpa_kernel(kernels, set_priority=True) if query.device.type == "cuda" else nullcontext():
         output = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return output.transpose(1, 2)[..., :width]
 
 
 _KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,  # the fastest on Hopper and newer; where it cannot run, the next is taken
+    SDPBackend.CUDNN_ATTENTION,  # the fastest on Hopper and newer, for inference; where it cannot run, the next is taken
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -295,7 +296,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
-@functools.lru_cache(maxsize=8)  # the same for every step, and for every tile of one size
+@functools.lru_cache(maxsize=4)  # the same for every step, and for every tile of one size
 @torch.inference_mode(False)  # training may follow
 def image_rotary(height: int, width: int, head_dim: int, reference: float, device: torch.device) -> Rotary:
     """2-D RoPE, NTK-aware, for a grid of height x width patches; `reference` is the grid the frequencies are made for.

@@ -43,7 +43,11 @@ class TeacherStage:
     def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
         guidance = (5.0 if isinstance(self.config, Teacher) else 2.75) if model.config.text_embed_dim else 1.0
         return PixelDecoderPipeline(
-            model, teacher_scheduler(), default_num_inference_steps=25, default_guidance_scale=guidance
+            model,
+            teacher_scheduler(),
+            default_num_inference_steps=25,
+            default_guidance_scale=guidance,
+            trained_size=self.config.data.resolution,
         )
 
     def update(self, batches: list[Batch], step: int) -> dict[str, float]:
