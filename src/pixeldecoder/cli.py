@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,9 @@ import tyro
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from pixeldecoder.pipeline import PixelDecoderPipeline
 
-IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
-LATENT_SUFFIXES = (".safetensors", ".npy", ".pt")
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
@@ -203,6 +200,8 @@ class Decode(Text, FilesToImages):
     """Noise level in [0, 1] that the latents have: 0 if they are finished."""
 
     def run(self) -> None:
+        from pixeldecoder.files import LATENT_SUFFIXES, Naming, check_output, load_latents, pairs, save_image
+
         check_output(self.source, self.output)
         check_sigma(self.sigma)
         pipeline = self.load()
@@ -238,6 +237,8 @@ class Upscale(Text, FilesToImages):
 
     def run(self) -> None:
         import torch
+
+        from pixeldecoder.files import IMAGE_SUFFIXES, Naming, check_output, load_image, pairs, save_image
 
         check_output(self.source, self.output)
         check_sigma(self.sigma)
@@ -283,6 +284,7 @@ class Encode:
         from safetensors.torch import save_file
 
         from pixeldecoder.demo import to_tensor
+        from pixeldecoder.files import IMAGE_SUFFIXES, Naming, load_image, pairs, write_whole
         from pixeldecoder.latents import SPACES, load_image_encoder
 
         if not self.source.exists():
@@ -351,6 +353,7 @@ class Generate(Text, Decoder):
         from PIL import Image
         from safetensors.torch import save_file
 
+        from pixeldecoder.files import IMAGE_SUFFIXES, save_image, side_by_side, write_whole
         from pixeldecoder.latents import unreachable
         from pixeldecoder.ldm import check_decoder, generate, parse_stop, pipeline_latent_space
 
@@ -479,6 +482,7 @@ class Demo(Decoder):
 
     def run(self) -> None:
         from pixeldecoder.demo import comparison
+        from pixeldecoder.files import save_image
 
         if self.decoder != "nano":
             raise ValueError("the demo's latents are nano's: use decode or upscale with another decoder")
@@ -575,6 +579,7 @@ class Benchmark:
         import json
 
         from pixeldecoder.evaluation.benchmark import benchmark, plot
+        from pixeldecoder.files import write_whole
 
         device = Decoder(device=self.device).torch_device()
         report = benchmark(
@@ -654,35 +659,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def pairs(source: Path, output: Path, suffixes: tuple[str, ...], format: str) -> Iterator[tuple[Path, Path]]:
-    """Each input with its output, under a progress bar if the input is a folder."""
-    if not source.is_dir():
-        if source.suffix.lower() not in suffixes:
-            raise ValueError(f"{source}: expected one of {', '.join(suffixes)}, got {source.suffix or 'no suffix'!r}")
-        yield source, output
-        return
-    from tqdm import tqdm
-
-    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in suffixes)
-    if not paths:
-        raise ValueError(f"{source}: expected files ending in {', '.join(suffixes)}, found none")
-    stems = [path.stem for path in paths]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"{source}: several files would become {twice[0]}.{format}: rename one")
-    for path in tqdm(paths, desc="files"):
-        yield path, output / f"{path.stem}.{format}"
-
-
-def check_output(source: Path, output: Path) -> None:
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
-    if source.is_dir():
-        if output.is_file():
-            raise ValueError(f"{output} is a file: a folder of inputs needs a folder of outputs")
-    elif output.suffix and output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{output}: expected an image ending in {', '.join(IMAGE_SUFFIXES)}")
-
-
 def torch_device_of(name: str) -> "torch.device":
     import torch
 
@@ -692,41 +668,6 @@ def torch_device_of(name: str) -> "torch.device":
 def check_sigma(sigma: float) -> None:
     if not 0 <= sigma <= 1:
         raise ValueError(f"--sigma {sigma}: expected a noise level in [0, 1]")
-
-
-def load_latents(path: Path) -> "torch.Tensor":
-    """(C, h, w) or (B, C, h, w) from .safetensors, .npy or .pt; nothing in the file is executed."""
-    import numpy as np
-    import torch
-
-    from pixeldecoder.convert import read_tensors
-
-    if path.suffix == ".npy":
-        try:
-            found = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, OSError, EOFError, TypeError) as error:
-            raise ValueError(f"{path}: not a readable array of numbers ({str(error).splitlines()[0]})") from None
-    else:
-        found = read_tensors(path)
-        if isinstance(found, dict):
-            found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(found))
-    if not isinstance(found, torch.Tensor):
-        raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(found)[:200]}')
-    if found.ndim not in (3, 4):
-        raise ValueError(f"{path}: expected latents (C, h, w) or (B, C, h, w), got {tuple(found.shape)}")
-    return found.float()
-
-
-def load_image(path: Path) -> "Image.Image":
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: too large to be opened safely: {error}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
 def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:
@@ -740,47 +681,6 @@ def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:
             raise ValueError("the decoder has no encoder and does not tell its latent space: give --encoder")
         name = SPACES[pipeline.config.latent_space].encoder
     return load_image_encoder(name, pipeline.device)
-
-
-def side_by_side(*images: "Image.Image") -> "Image.Image":
-    from PIL import Image
-
-    picture = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
-    left = 0
-    for image in images:
-        picture.paste(image, (left, 0))
-        left += image.width
-    return picture
-
-
-def save_image(image: "Image.Image", path: Path) -> None:
-    path = path if path.suffix else path.with_suffix(".png")
-    write_whole(path, lambda file: image.save(file, quality=95))  # PNG, which loses nothing, takes no notice
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Whole or not at all: written under another name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Naming:
-    """Puts the file's name before an error about its content."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.path}: {error}") from None
 
 
 def main(args: list[str] | None = None) -> int:

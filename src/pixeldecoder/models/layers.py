@@ -248,7 +248,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
 
 
 _KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,  # the fastest on Hopper and newer, for inference; where it cannot run, the next is taken
+    SDPBackend.CUDNN_ATTENTION,  # the fastest on Hopper, for inference; where it cannot run, the next does
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
