@@ -141,7 +141,11 @@ def test_nan_stops_with_the_batch_named(teacher, monkeypatch):
 
 
 def test_export_and_validation(teacher, student, tmp_path):
+    teacher = replace(teacher, latent_space="sdxl")
+    assert teacher.frame == "variance-preserving" and student.frame == "flow"
     train(replace(teacher, export=tmp_path / "exported"))
+    config = PixelDecoderPipeline.from_pretrained(tmp_path / "exported").config
+    assert config.latent_space == "sdxl" and config.trained_size == 64
     # The picture: bicubic, three sigmas and the original in a row for each of four images.
     from PIL import Image
 

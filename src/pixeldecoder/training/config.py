@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from pixeldecoder.latents import Frame
+from pixeldecoder.latents import SPACES, Frame
 from pixeldecoder.text import TEXT_ENCODER
 
 
@@ -100,11 +100,17 @@ class Conditioned(Run):
 
     encoder: str = ""
     """Image to latents: a folder or Hub id of a diffusers autoencoder, "nano", or "module:function" of your own."""
-    frame: Frame = "flow"
-    """How this latent space's model noises its latents; SDXL: variance-preserving."""
+    latent_space: Literal["flux", "flux2", "sd3", "sdxl", "qwenimage", "dinov2", "siglip"] | None = None
+    """Whose latents they are, if it is one of these: tells how they are noised (otherwise as flow models do), and is
+    exported with the decoder."""
     noise_probability: float = 0.75
     """Share of the samples whose latents are noised, to sigma ~ U(0, max_sigma)."""
     max_sigma: float = 0.8
+
+    @property
+    def frame(self) -> Frame:
+        """How latents are noised."""
+        return SPACES[self.latent_space].frame if self.latent_space else "flow"
 
 
 @dataclass(kw_only=True)

@@ -78,7 +78,12 @@ class StudentStage:
         return self.student.module  # type: ignore[return-value]
 
     def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
-        return PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), trained_size=self.config.data.resolution)
+        return PixelDecoderPipeline(
+            model,
+            FlowMatchLCMScheduler(shift=1.0),
+            latent_space=self.config.latent_space,
+            trained_size=self.config.data.resolution,
+        )
 
     def update(self, batches: list[Batch], step: int) -> dict[str, float]:
         if (step + 1) % self.config.student_every == 0:

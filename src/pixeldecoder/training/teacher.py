@@ -47,6 +47,7 @@ class TeacherStage:
             teacher_scheduler(),
             default_num_inference_steps=25,
             default_guidance_scale=guidance,
+            latent_space=getattr(self.config, "latent_space", None),
             trained_size=self.config.data.resolution,
         )
 
