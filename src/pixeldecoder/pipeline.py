@@ -356,13 +356,23 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             As `__call__`, the image exactly `scale` times the size of the input.
         """
         levels = self._check_sigma(sigma, 1, torch.device("cpu"))
+        cell, scale = self.transformer.config.latent_downscale_factor, self.transformer.config.scale
+        layout = {
+            key: kwargs[key] for key in ("tile_size", "tile_overlap", "chunk_size", "max_memory") if key in kwargs
+        }
+        height, width = (-(-side // cell) * cell * scale for side in (image.height, image.width))
+        # What does not fit is refused before the image is encoded.
+        plan(
+            self.transformer, height, width, trained_size=self.config.trained_size, device=self._execution_device,
+            **layout,
+        )  # fmt: skip
         latents = self.encode_image(image, encoder)
         if sigma > 0:
             noise = randn_tensor(latents.shape, generator=noise_generator, device=latents.device, dtype=latents.dtype)
             space = SPACES.get(self.config.latent_space or "")
             latents = add_noise(latents, noise, levels, space.frame if space else "flow")
         images = self(latents, sigma=float(levels), **kwargs).images
-        height, width = (side * self.transformer.config.scale for side in (image.height, image.width))
+        height, width = image.height * scale, image.width * scale
         if isinstance(images, list):
             images = [picture.crop((0, 0, width, height)) for picture in images]
         else:
