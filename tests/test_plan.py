@@ -14,7 +14,7 @@ from pixeldecoder.performance import set_attention
 from pixeldecoder.plan import count_flops, estimate_seconds, measure_rates, must_offload, plan
 
 DECODE = """
-import json, resource, sys
+import json, sys
 import torch
 import pixeldecoder.pipeline
 from pixeldecoder import PixelDecoderPipeline
@@ -25,8 +25,7 @@ pixeldecoder.pipeline.plan = lambda *a, **k: planned.append(plan(*a, **k)) or pl
 size, kwargs = json.loads(sys.argv[1])
 pipeline = PixelDecoderPipeline.from_pretrained("nano", torch_dtype=torch.bfloat16)
 pipeline(torch.randn(1, 16, size // 32, size // 32), num_inference_steps=1, **kwargs)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([len(planned[0].tiles), planned[0].memory, peak]))
+print(json.dumps([len(planned[0].tiles), planned[0].memory, peak_resident()]))
 """
 
 

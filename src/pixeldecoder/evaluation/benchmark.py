@@ -175,11 +175,19 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     figure.suptitle(f"{report['decoder']}, {report['device']}, {report['threads']} threads")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def peak_resident() -> int:
+    """Most bytes of memory that this process has had. (Linux's `ru_maxrss` begins with the parent's.)"""
+    for line in _lines("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpu_name() -> str:
@@ -323,9 +331,7 @@ def _serve(task: dict[str, Any]) -> None:
     for line in sys.stdin:
         answer: dict[str, Any] = {}
         if line.strip() == "report":
-            unit = 1 if sys.platform == "darwin" else 1024
-            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            answer = facts | {"peak_memory": torch.cuda.max_memory_allocated() if on_gpu else host}
+            answer = facts | {"peak_memory": torch.cuda.max_memory_allocated() if on_gpu else peak_resident()}
         else:
             start = time.perf_counter()
             image = run()
