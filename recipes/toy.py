@@ -19,8 +19,8 @@ import tyro
 from diffusers import FlowMatchLCMScheduler
 from PIL import Image
 
-from pixeldecoder.demo import to_tensor
 from pixeldecoder.evaluation.metrics import SqueezeNetDistance
+from pixeldecoder.files import to_tensor
 from pixeldecoder.latents import add_noise
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import PixelDecoderPipeline

@@ -283,8 +283,7 @@ class Encode:
         import torch.nn.functional as F
         from safetensors.torch import save_file
 
-        from pixeldecoder.demo import to_tensor
-        from pixeldecoder.files import IMAGE_SUFFIXES, Naming, load_image, pairs, write_whole
+        from pixeldecoder.files import IMAGE_SUFFIXES, Naming, load_image, pairs, to_tensor, write_whole
         from pixeldecoder.latents import SPACES, load_image_encoder
 
         if not self.source.exists():

@@ -3,12 +3,13 @@
 import time
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
+from pixeldecoder.evaluation.metrics import psnr
+from pixeldecoder.files import to_image, to_tensor
 from pixeldecoder.pipeline import NANO, PixelDecoderPipeline
 
 SIGMA = 0.3
@@ -35,21 +36,6 @@ def comparison(pipeline: PixelDecoderPipeline, generator: torch.Generator, kwarg
             print(f"{path.stem:10} {label:24} PSNR {psnr(image, original):5.2f} dB {seconds:6.1f} s", flush=True)
         rows.append([*((label, image) for label, image, _ in panels), ("original", original)])
     return _grid(rows)
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """(1, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def to_image(image: torch.Tensor) -> Image.Image:
-    """The first of (B, 3, H, W) in [-1, 1]."""
-    return Image.fromarray(((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], over all RGB values."""
-    return (10 * torch.log10(4 / F.mse_loss(image, truth))).item()
 
 
 def _grid(rows: list[list[tuple[str, torch.Tensor]]]) -> Image.Image:

@@ -71,6 +71,16 @@ def load_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_image(image: torch.Tensor) -> Image.Image:
+    """The first of (B, 3, H, W) in [-1, 1]."""
+    return Image.fromarray(((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def side_by_side(*images: Image.Image) -> Image.Image:
     picture = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
     left = 0

@@ -151,38 +151,43 @@ class Shards:
         return 1000 * len(self.urls)  # unknown; only decides when to give up on a set without a usable picture
 
     def records(self, seed: int) -> Iterator[Record]:
+        """Endless: every epoch in an order of its own."""
+        for epoch in count():
+            yield from self.once(random.Random(f"{seed}/{epoch}"))
+
+    def once(self, rng: random.Random | None = None) -> Iterator[Record]:
+        """Every picture once, in the order of the shards, or shuffled."""
         import webdataset
 
         def on_error(error: Exception) -> bool:
             self.skipped.add(str(getattr(error, "args", ("",))[-1])[:200], error)
             return True
 
-        for epoch in count():
-            rng, empty = random.Random(f"{seed}/{epoch}"), True
-            shards = webdataset.WebDataset(
-                rng.sample(self.urls, len(self.urls)),
-                shardshuffle=False,
-                nodesplitter=None,
-                workersplitter=None,
-                handler=on_error,
-                empty_check=False,
-            ).shuffle(1000, rng=rng)
-            for sample in shards:
-                data = next((sample[s[1:]] for s in SUFFIXES if s[1:] in sample), None)
-                name = f"{sample.get('__url__', '')}:{sample['__key__']}"
-                try:
-                    if data is None:
-                        raise ValueError(f"no image among {sorted(k for k in sample if k[0] != '_')}")
-                    size = Image.open(io.BytesIO(data)).size
-                    caption = sample["txt"].decode() if "txt" in sample else json.loads(sample.get("json", b"{}"))
-                except UNREADABLE as error:
-                    self.skipped.add(name, error)
-                    continue
-                caption = caption if isinstance(caption, str) else str(caption.get("caption", ""))
-                empty = False
-                yield Record(name, caption.strip(), size, lambda data=data: Image.open(io.BytesIO(data)))  # type: ignore[misc]
-            if empty:
-                raise ValueError(f"{', '.join(self.urls)[:200]}: no usable picture in these shards")
+        shards = webdataset.WebDataset(
+            rng.sample(self.urls, len(self.urls)) if rng else self.urls,
+            shardshuffle=False,
+            nodesplitter=None,
+            workersplitter=None,
+            handler=on_error,
+            empty_check=False,
+        )
+        empty = True
+        for sample in shards.shuffle(1000, rng=rng) if rng else shards:
+            data = next((sample[s[1:]] for s in SUFFIXES if s[1:] in sample), None)
+            name = f"{sample.get('__url__', '')}:{sample['__key__']}"
+            try:
+                if data is None:
+                    raise ValueError(f"no image among {sorted(k for k in sample if k[0] != '_')}")
+                size = Image.open(io.BytesIO(data)).size
+                caption = sample["txt"].decode() if "txt" in sample else json.loads(sample.get("json", b"{}"))
+            except UNREADABLE as error:
+                self.skipped.add(name, error)
+                continue
+            caption = caption if isinstance(caption, str) else str(caption.get("caption", ""))
+            empty = False
+            yield Record(name, caption.strip(), size, lambda data=data: Image.open(io.BytesIO(data)))  # type: ignore[misc]
+        if empty:
+            raise ValueError(f"{', '.join(self.urls)[:200]}: no usable picture in these shards")
 
 
 def _read_captions(path: Path) -> dict[str, str]:

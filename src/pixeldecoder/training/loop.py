@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
-from pixeldecoder.demo import psnr, to_image
+from pixeldecoder.evaluation.metrics import psnr
+from pixeldecoder.files import to_image
 from pixeldecoder.latents import add_noise
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.training.checkpoints import Checkpoints, full_state, is_main
