@@ -4,9 +4,11 @@
     python recipes/nano.py adapter --data TRAIN --minutes 12 --batch-size 4 --muon-learning-rate 0.03
     python recipes/nano.py decoder --data TRAIN --minutes 10 --muon-learning-rate 0.01 --learning-rate 5e-4
     python recipes/nano.py bundle --data EVAL
-    python recipes/nano.py evaluate --data EVAL
 
-each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`.
+each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`. What came of it is measured by
+
+    python recipes/nano.py baseline
+    pixeldecoder evaluate EVAL --crop 512 --baselines bicubic vae --vae outputs/nano/taef1
 """
 
 import json
@@ -29,22 +31,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pixeldecoder.demo import psnr, to_tensor
+from pixeldecoder.files import to_tensor
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import NANO as NANO_FOLDER
 from pixeldecoder.pipeline import STUDENT_TIMES, PixelDecoderPipeline
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """One training run."""
 
-    stage: tyro.conf.Positional[Literal["encoder", "adapter", "decoder", "bundle", "evaluate"]]
-    data: Path
-    """Folder of photos: to train on, or to evaluate on."""
+    stage: tyro.conf.Positional[Literal["encoder", "adapter", "decoder", "bundle", "baseline"]]
+    data: Path = Path()
+    """Folder of photos: to train on, or, to bundle, those of EVAL."""
     taef1: Path
-    """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors."""
+    """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors, its decoder beside it."""
     minutes: float = 60.0
     """Wall time of training, loading excluded."""
     out: Path = Path("outputs/nano")
@@ -60,14 +62,20 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_taef1_encoder(path: Path, device: str) -> AutoencoderTiny:
-    """The published file's encoder keys lack the `encoder.layers.` that diffusers gives them."""
+def load_taef1(path: Path) -> AutoencoderTiny:
+    """The published files' keys are not diffusers': no `encoder.layers.`, and the decoder has a clamp more."""
     taef1 = AutoencoderTiny(latent_channels=16)
-    state = {re.sub(r"^(encoder\.layers\.)?", "encoder.layers.", k): v.float() for k, v in load_file(path).items()}
-    missing, unexpected = taef1.load_state_dict(state, strict=False)
-    if unexpected or any(k.startswith("encoder") for k in missing):
-        raise ValueError(f"{path} is not a TAEF1 encoder: unexpected {unexpected}, missing {missing}")
-    return taef1.eval().requires_grad_(False).to(device)
+    state = {f"encoder.layers.{key}": tensor for key, tensor in load_file(path).items()}
+    for key, tensor in load_file(path.with_name("taef1_decoder.safetensors")).items():
+        index, rest = key.split(".", 1)
+        state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor
+    taef1.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    return taef1.eval().requires_grad_(False)
+
+
+def baseline(config: Config) -> None:
+    """TAEF1 as a diffusers folder, which `pixeldecoder evaluate --vae` takes."""
+    load_taef1(config.taef1).save_pretrained(config.out / "taef1")
 
 
 def load_photos(folder: Path) -> list[torch.Tensor]:
@@ -109,7 +117,7 @@ def load_pairs(config: Config) -> list[Pair]:
     photos, pairs = load_photos(config.data), []
     cache = config.out / f"latents_{len(photos)}.pt"
     known = torch.load(cache, weights_only=True) if cache.exists() else None
-    taef1 = load_taef1_encoder(config.taef1, config.device).to(memory_format=torch.channels_last)
+    taef1 = load_taef1(config.taef1).to(config.device).to(memory_format=torch.channels_last)
     encoder = None
     if config.stage != "encoder":
         encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
@@ -370,50 +378,6 @@ def bundle(config: Config) -> None:
         save_file({"latents": latents.contiguous()}, folder / f"{name}.safetensors")
 
 
-@torch.no_grad()
-def evaluate(config: Config) -> None:
-    """PSNR on 512 px centre crops of nano's decodes, at sigma 0 and .4, and of bicubic enlargement.
-
-    Also the bundled encoder's distance to TAEF1, and the gradient across patch borders over that elsewhere.
-    """
-    pipeline = PixelDecoderPipeline.from_pretrained("nano").to(config.device)
-    pipeline.set_progress_bar_config(disable=True)
-    taef1 = load_taef1_encoder(config.taef1, config.device)
-    rows = []
-    paths = sorted(p for p in config.data.iterdir() if p.suffix in {".webp", ".png", ".jpg", ".jpeg"})
-    for path in paths:
-        photo = to_tensor(Image.open(path))
-        top, left = ((side - 512) // 2 for side in photo.shape[-2:])
-        truth = photo[..., top : top + 512, left : left + 512]
-        small = downscale(truth, 4)
-        row = {"bicubic": psnr(F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1), truth)}
-        latents, target = pipeline.encode_image(small), taef1.encoder(small.to(config.device))
-        row["encoder"] = ((latents - target).square().mean() / target.square().mean()).sqrt().item()
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(config.seed)).to(latents.device)
-        for name, z, sigma in (
-            ("nano", latents, 0.0),
-            ("nano, sigma .4", torch.lerp(latents, noise, 0.4), 0.4),
-            ("nano, TAEF1's latents", target, 0.0),
-        ):
-            generator = torch.Generator().manual_seed(config.seed)
-            image = pipeline(z, sigma=sigma, generator=generator, output_type="pt").images.cpu().float() * 2 - 1
-            row[name] = psnr(image, truth)
-            if name == "nano":
-                row |= {"border": border_ratio(image), "border of the original": border_ratio(truth)}
-        rows.append(row)
-        print(path.name, {key: round(value, 3) for key, value in row.items()}, flush=True)
-    mean = {key: round(float(np.mean([row[key] for row in rows])), 3) for key in rows[0]}
-    print(f"mean of {len(rows)}", json.dumps(mean, indent=1))
-
-
-def border_ratio(image: torch.Tensor, patch: int = NANO["patch_size"]) -> float:
-    """Mean absolute difference of neighbours across patch borders, over that of all other neighbours."""
-    gradients = [image.diff(dim=-1).abs().mean(dim=(0, 1, 2)), image.diff(dim=-2).abs().mean(dim=(0, 1, 3))]
-    across = torch.cat([gradient[patch - 1 :: patch] for gradient in gradients]).mean()
-    within = torch.cat([g[torch.arange(len(g)) % patch != patch - 1] for g in gradients]).mean()
-    return (across / within).item()
-
-
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
     stages = {
@@ -421,6 +385,6 @@ if __name__ == "__main__":
         "adapter": train_adapter,
         "decoder": train_decoder,
         "bundle": bundle,
-        "evaluate": evaluate,
+        "baseline": baseline,
     }
     stages[config.stage](config)

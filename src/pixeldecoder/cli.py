@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,19 +22,15 @@ Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
 
 
 @dataclass(kw_only=True)
-class Decoder:
-    """Which decoder runs where, and how."""
+class Execution:
+    """Where a decoder runs, and how."""
 
-    decoder: str = "nano"
-    """"nano" (bundled), a diffusers folder, a checkpoint file, a Hub id or a released name."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """"auto": the fastest there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights. "auto": bfloat16, but float32 on a CPU that has no instructions for it."""
     seed: int = 0
     """The same seed gives the same image."""
-    steps: int | None = None
-    """Sampling steps; by default what the decoder was made for (nano: 4)."""
     tile: str = "auto"
     """Side in pixels of the tiles that a large image is decoded in, on one canvas of noise; "none": whole. "auto":
     tiles for what is larger than the decoder was trained on, or than the memory allows."""
@@ -51,7 +47,7 @@ class Decoder:
     compile: bool = False
     """Let torch.compile fuse the blocks: minutes at first (kept in $PIXELDECODER_CACHE), faster from then on."""
 
-    def load(self, place: bool = True) -> "PixelDecoderPipeline":
+    def load_decoder(self, name: str, place: bool = True) -> "PixelDecoderPipeline":
         """`place`: move it to the device, or arrange that its blocks take turns there."""
         import logging
 
@@ -59,9 +55,9 @@ class Decoder:
         from pixeldecoder.pipeline import PixelDecoderPipeline
         from pixeldecoder.plan import must_offload
 
-        self.call_kwargs()  # complain before loading
+        self.layout_kwargs()  # complain before loading
         device = self.torch_device()
-        pipeline = PixelDecoderPipeline.from_pretrained(self.decoder, torch_dtype=self.torch_dtype(device))
+        pipeline = PixelDecoderPipeline.from_pretrained(name, torch_dtype=self.torch_dtype(device))
         pipeline.set_progress_bar_config(desc="steps", leave=False)
         logger = logging.getLogger("pixeldecoder.pipeline")  # what it plans
         logger.setLevel(logging.INFO)
@@ -82,7 +78,7 @@ class Decoder:
             compile_blocks(model)
         return pipeline
 
-    def call_kwargs(self) -> dict[str, Any]:
+    def layout_kwargs(self) -> dict[str, Any]:
         """For the pipeline's call."""
         from pixeldecoder.plan import memory_budget
 
@@ -91,7 +87,6 @@ class Decoder:
         memory_budget(torch_device_of("cpu"), self.max_memory)
         tiles: Any = {"auto": "auto", "none": None}.get(self.tile, self.tile)
         return {
-            "num_inference_steps": self.steps,
             "tile_size": int(tiles) if self.tile.isdigit() else tiles,
             "tile_overlap": self.tile_overlap,
             "chunk_size": self.chunk,
@@ -128,7 +123,46 @@ class Decoder:
 
 
 @dataclass(kw_only=True)
-class Text:
+class Decoder(Execution):
+    """Which decoder runs, where, and how."""
+
+    decoder: str = "nano"
+    """"nano" (bundled), a diffusers folder, a checkpoint file, a Hub id or a released name."""
+    steps: int | None = None
+    """Sampling steps; by default what the decoder was made for (nano: 4)."""
+
+    def load(self, place: bool = True) -> "PixelDecoderPipeline":
+        return self.load_decoder(self.decoder, place)
+
+    def call_kwargs(self) -> dict[str, Any]:
+        """For the pipeline's call."""
+        return {"num_inference_steps": self.steps} | self.layout_kwargs()
+
+
+@dataclass(kw_only=True)
+class TextEncoder:
+    """What encodes prompts for a decoder that reads text."""
+
+    text_encoder: str = "Efficient-Large-Model/gemma-2-2b-it"
+    """Folder or Hub id of Gemma-2; it is loaded if the prompt is not in the cache ($PIXELDECODER_CACHE)."""
+    text_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where it runs. "auto": where the decoder does."""
+    text_quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Of its weights, by bitsandbytes."""
+
+    def attach(self, pipeline: "PixelDecoderPipeline") -> None:
+        from pixeldecoder.text import PromptEncoder, prompt_cache
+
+        pipeline.prompt_encoder = PromptEncoder(
+            self.text_encoder,
+            pipeline.device if self.text_device == "auto" else self.text_device,
+            None if self.text_quantization == "none" else self.text_quantization,
+            prompt_cache(),
+        )
+
+
+@dataclass(kw_only=True)
+class Text(TextEncoder):
     """What a decoder that reads text is given."""
 
     prompt: str = ""
@@ -137,34 +171,17 @@ class Text:
     """A .safetensors file with an encoded prompt, in place of the prompt and its 5 GB encoder."""
     save_prompt_embeds: Path | None = None
     """Write the encoded prompt to this .safetensors file."""
-    text_encoder: str = "Efficient-Large-Model/gemma-2-2b-it"
-    """Folder or Hub id of Gemma-2; it is loaded if the prompt is not in the cache ($PIXELDECODER_CACHE)."""
-    text_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where it runs. "auto": where the decoder does."""
-    text_quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Of its weights, by bitsandbytes."""
 
     def text_kwargs(self, pipeline: "PixelDecoderPipeline") -> dict[str, Any]:
         """Arguments for the decoder's call; encoded here, so that the text encoder is gone when the decoder runs."""
-        from pixeldecoder.text import (
-            PromptEncoder,
-            encode_prompts,
-            load_prompt_embeds,
-            prompt_cache,
-            save_prompt_embeds,
-        )
+        from pixeldecoder.text import encode_prompts, load_prompt_embeds, save_prompt_embeds
 
         if pipeline.transformer.config.text_embed_dim is None:
             return {}
         if self.prompt_embeds is not None:
             return {"prompt_embeds": load_prompt_embeds(self.prompt_embeds)}
         if pipeline.text_encoder is None:
-            pipeline.prompt_encoder = PromptEncoder(
-                self.text_encoder,
-                pipeline.device if self.text_device == "auto" else self.text_device,
-                None if self.text_quantization == "none" else self.text_quantization,
-                prompt_cache(),
-            )
+            self.attach(pipeline)
             embeds = pipeline.prompt_encoder([self.prompt])
             if pipeline.config.default_guidance_scale != 1:
                 pipeline.prompt_encoder([""])  # guidance needs it
@@ -345,15 +362,11 @@ class Generate(Text, Decoder):
     """Keep on the device only the model that is running."""
 
     def run(self) -> None:
-        import json
-
         import torch
-        from diffusers import DiffusionPipeline
         from PIL import Image
         from safetensors.torch import save_file
 
         from pixeldecoder.files import IMAGE_SUFFIXES, save_image, side_by_side, write_whole
-        from pixeldecoder.latents import unreachable
         from pixeldecoder.ldm import check_decoder, generate, parse_stop, pipeline_latent_space
 
         parse_stop(self.stop_at)
@@ -363,17 +376,9 @@ class Generate(Text, Decoder):
             raise ValueError(
                 f"{self.output}: expected an image ending in {', '.join(IMAGE_SUFFIXES)}, or for several a folder"
             )
-        try:
-            extra = json.loads(self.pipeline_args)
-            assert isinstance(extra, dict)
-        except (ValueError, AssertionError):
-            raise ValueError(f"--pipeline-args {self.pipeline_args}: expected a JSON object") from None
+        extra = json_object(self.pipeline_args)
         device = self.torch_device()
-        dtype = self.torch_dtype(device)
-        try:
-            pipe = DiffusionPipeline.from_pretrained(self.model, torch_dtype=dtype)
-        except OSError as error:
-            raise ValueError(str(error)) if Path(self.model).exists() else unreachable(self.model, error) from None
+        pipe = load_diffusion_pipeline(self.model, self.torch_dtype(device))
         if self.lora is not None:
             pipe.load_lora_weights(self.lora)
         space = pipeline_latent_space(pipe, self.latent_space)
@@ -593,6 +598,95 @@ class Benchmark:
 
 
 @dataclass(kw_only=True)
+class Evaluate(TextEncoder, Execution):
+    """Decoders and baselines on the same pictures or prompts: images, metrics and a report.
+
+    Pictures are made small, encoded, noised, decoded and compared with themselves. With prompts a latent model is
+    stopped early. What is in the output folder already is not made again, so an interrupted run goes on, and more
+    decoders, settings or metrics can be added; `accelerate launch -m pixeldecoder evaluate ...` shares the work.
+
+    Example: pixeldecoder evaluate photos/ --crop 512 --sigmas 0 0.4 --baselines bicubic vae --vae madebyollin/taef1
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A folder of pictures (captions in .txt files beside them), WebDataset shards ("data-{000..041}.tar"), or a .txt
+    file with a prompt in each line."""
+    output: Path = Path("outputs/evaluation")
+    """Folder of report.html, report.md, results.csv and images."""
+    decoders: tuple[str, ...] = ("nano",)
+    """As in `decode`, all of the same scale."""
+    baselines: tuple[str, ...] = ("bicubic",)
+    """bicubic, lanczos; vae (the autoencoder's own decoder, then bicubic); upscale:FOLDER_OR_HUB_ID (that decoder, then
+    a diffusers upscale pipeline); spandrel:FILE (that decoder, then a model that spandrel loads)."""
+    steps: tuple[int, ...] = ()
+    """Sampling steps of the decoders; by default what each was made for."""
+    sigmas: tuple[float, ...] = (0.0,)
+    """Noise levels of the latents of pictures, in [0, 1]."""
+    as_if_clean: bool = False
+    """Decode noisy latents also as if they were clean."""
+    crop: int | None = None
+    """Side in pixels of the centre crops; by default whole pictures."""
+    limit: int | None = None
+    """The first pictures or prompts alone."""
+    scale: int = 4
+    """Of the baselines, if there is no decoder."""
+    encoder: str = "auto"
+    """What makes the decoders' latents, as in `upscale`."""
+    vae: str | None = None
+    """Folder or Hub id of the autoencoder of the baselines: it encodes and decodes."""
+    model: str | None = None
+    """Folder or Hub id of a diffusers pipeline, for prompts."""
+    stops: tuple[str, ...] = ("auto",)
+    """Where it stops, as in `generate`."""
+    pipeline_args: str = "{}"
+    """For its call, as JSON: '{"num_inference_steps": 28}'."""
+    metrics: tuple[str, ...] = ()
+    """By name, or "all"; by default those that need no weights, and those whose weights are given. What cannot be had
+    is skipped with a line."""
+    weights: dict[str, Path] = field(default_factory=dict)
+    """Of metrics, in files: squeezenet PATH lpips BACKBONE lpips-linear PATH fid PATH."""
+
+    def run(self) -> None:
+        from pixeldecoder.evaluation.report import write_report
+        from pixeldecoder.evaluation.run import Study
+
+        device = self.torch_device()
+        dtype = self.torch_dtype(device)
+
+        def load(name: str) -> "PixelDecoderPipeline":
+            pipeline = self.load_decoder(name)
+            if pipeline.transformer.config.text_embed_dim is not None and pipeline.text_encoder is None:
+                self.attach(pipeline)
+            return pipeline
+
+        study = Study(
+            **{
+                name: getattr(self, name)
+                for name in (
+                    "output", "baselines", "vae", "steps", "sigmas", "stops", "as_if_clean", "crop", "scale", "limit",
+                    "seed", "metrics", "weights",
+                )
+            },
+            source=self.source,
+            decoders={name: partial(load, name) for name in self.decoders},
+            encoder=lambda pipeline: image_encoder(self.encoder, pipeline),
+            pipe=None if self.model is None else lambda: load_diffusion_pipeline(str(self.model), dtype).to(device),
+            pipe_kwargs=json_object(self.pipeline_args),
+            call_kwargs=self.layout_kwargs(),
+            device=device,
+            identity={
+                name: getattr(self, name)
+                for name in ("encoder", "model", "tile", "tile_overlap", "quantize", "attention")
+            }
+            | {"dtype": str(dtype)},
+        )  # fmt: skip
+        study.run()
+        if study.state.is_main_process:
+            write_report(self.output)
+            print(self.output / "report.html")
+
+
+@dataclass(kw_only=True)
 class Train:
     """Train a prior or a teacher.
 
@@ -652,6 +746,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": Generate,
     "convert": Convert,
     "plan": Plan,
+    "evaluate": Evaluate,
     "benchmark": Benchmark,
     "train": Train,
     "distill": Distill,
@@ -667,6 +762,28 @@ def torch_device_of(name: str) -> "torch.device":
 def check_sigma(sigma: float) -> None:
     if not 0 <= sigma <= 1:
         raise ValueError(f"--sigma {sigma}: expected a noise level in [0, 1]")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    import json
+
+    try:
+        found = json.loads(text)
+        assert isinstance(found, dict)
+    except (ValueError, AssertionError):
+        raise ValueError(f"--pipeline-args {text}: expected a JSON object") from None
+    return found
+
+
+def load_diffusion_pipeline(name: str, dtype: "torch.dtype") -> Any:
+    from diffusers import DiffusionPipeline
+
+    from pixeldecoder.latents import unreachable
+
+    try:
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except OSError as error:
+        raise ValueError(str(error)) if Path(name).exists() else unreachable(name, error) from None
 
 
 def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:

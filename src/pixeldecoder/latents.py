@@ -188,12 +188,13 @@ def load_image_encoder(
 
         model = TinyLatentEncoder.from_pretrained(NANO / "encoder", torch_dtype=dtype)
     else:
-        model = _load_autoencoder(name, dtype)
+        model = load_autoencoder(name, dtype)
     model = model.to(device).eval().requires_grad_(False)
     return lambda image: encode(model, image.to(device, dtype)).float()
 
 
-def _load_autoencoder(name: str, dtype: torch.dtype) -> torch.nn.Module:
+def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """From a folder or Hub id: one of diffusers' autoencoders (a pipeline's too), nano's encoder, or SigLIP 2."""
     import diffusers
 
     folder = Path(name)
@@ -256,8 +257,25 @@ def encode(autoencoder: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
     return autoencoder(image) if known is None else known(autoencoder, image)
 
 
+@torch.no_grad()
+def decode(autoencoder: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents -> the autoencoder's own image (B, 3, H, W), clamped to [-1, 1]: the way back of `encode`.
+
+    Raises:
+        ValueError: an encoder alone.
+    """
+    known = _DECODE.get(type(autoencoder).__name__)
+    if known is None:
+        raise ValueError(f"{type(autoencoder).__name__} has no decoder: expected one of {', '.join(_DECODE)}")
+    return known(autoencoder, latents).clamp(-1, 1)
+
+
 def _encode_kl(vae, image):
     return (vae.encode(image).latent_dist.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def _decode_kl(vae, z):
+    return vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
 
 
 def _encode_flux2(vae, image):
@@ -266,15 +284,33 @@ def _encode_flux2(vae, image):
 
 def _normalise_flux2(vae, raw):
     packed = F.pixel_unshuffle(raw, 2)  # channels (c, dy, dx)
+    mean, std = _statistics_flux2(vae, packed)
+    return (packed - mean) / std
+
+
+def _decode_flux2(vae, z):
+    mean, std = _statistics_flux2(vae, z)
+    return vae.decode(F.pixel_shuffle(z * std + mean, 2)).sample
+
+
+def _statistics_flux2(vae, z):
     std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-    mean = vae.bn.running_mean[:, None, None].to(packed)
-    return (packed - mean) / std[:, None, None].to(packed)
+    return (x[:, None, None].to(z) for x in (vae.bn.running_mean, std))
 
 
 def _encode_qwen_image(vae, image):
     z = vae.encode(image[:, :, None]).latent_dist.mode()[:, :, 0]
-    mean, std = (torch.tensor(x).to(z)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = _statistics_qwen_image(vae, z)
     return (z - mean) / std
+
+
+def _decode_qwen_image(vae, z):
+    mean, std = _statistics_qwen_image(vae, z)
+    return vae.decode((z * std + mean)[:, :, None]).sample[:, :, 0]
+
+
+def _statistics_qwen_image(vae, z):
+    return (torch.tensor(x).to(z)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
 
 
 def _encode_tiny(vae, image):
@@ -302,4 +338,11 @@ _ENCODE: dict[str, Callable] = {
     "AutoencoderTiny": _encode_tiny,
     "AutoencoderRAE": _encode_rae,
     "SiglipVisionModel": _encode_siglip,
+}
+_DECODE: dict[str, Callable] = {
+    "AutoencoderKL": _decode_kl,
+    "AutoencoderKLFlux2": _decode_flux2,
+    "AutoencoderKLQwenImage": _decode_qwen_image,
+    "AutoencoderTiny": lambda vae, z: vae.decode(z).sample,
+    "AutoencoderRAE": lambda vae, z: vae.decode(z).sample * 2 - 1,
 }

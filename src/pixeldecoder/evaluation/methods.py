@@ -1,0 +1,228 @@
+"""A picture or a prompt in, its image by one method out: a decoder, or what people would use instead."""
+
+import inspect
+import re
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from pixeldecoder.files import load_image, to_image, to_tensor
+from pixeldecoder.latents import SPACES, Frame, add_noise, decode, encode
+from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.training.data import SUFFIXES, SampleRandom
+
+BASELINES = ("bicubic", "lanczos", "vae", "upscale:FOLDER_OR_HUB_ID", "spandrel:FILE")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the tables: a method, and how it was used."""
+
+    method: str
+    """A decoder or a baseline."""
+    steps: int | None = None
+    """Of a decoder."""
+    sigma: float | None = None
+    """Noise level that the latents of pictures are given; `None` for what uses none, and for prompts."""
+    told: float | None = None
+    """Noise level that the decoder is told, if it is not the true one."""
+    stop: str | None = None
+    """Where the latent model stops, as `partly_denoise` takes it."""
+
+    def __str__(self) -> str:
+        kind, _, name = (
+            self.method.rpartition(":") if self.method.startswith(("upscale:", "spandrel:")) else ("", "", "")
+        )
+        parts = [
+            f"VAE + {Path(name).stem}" if kind else {"vae": "VAE + bicubic"}.get(self.method, Path(self.method).name),
+            None if self.steps is None else f"{self.steps} step{'s' * (self.steps != 1)}",
+            None if self.sigma is None else f"sigma {self.sigma:g}",
+            None if self.told is None else f"told {self.told:g}",
+            None if self.stop is None else f"stop {self.stop}",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass
+class Case:
+    """One picture or prompt."""
+
+    name: str
+    caption: str
+    truth: torch.Tensor | None = None
+    """(1, 3, H, W) in [-1, 1]."""
+    small: torch.Tensor | None = None
+    """The truth, `scale` times smaller; for prompts, the latent model's own image."""
+
+    @property
+    def number(self) -> int:
+        """What its noise depends on, so that other pictures in the folder do not matter."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def file(self) -> str:
+        name = re.sub(rf"({'|'.join(SUFFIXES)})$", "", self.name)
+        return f"{slug(name)[-60:]}-{self.number:08x}"
+
+
+Run = Callable[[Case, Setting], tuple[torch.Tensor, float]]
+"""An image (1, 3, H, W) in [-1, 1], and the seconds that it took from the latents on."""
+
+
+class Making(NamedTuple):
+    """What every method's images depend on."""
+
+    output: Path
+    """Where `latents_path` is."""
+    prompts: bool
+    seed: int
+    scale: int
+    device: str
+
+    def noised(self, latents: torch.Tensor, case: Case, sigma: float, frame: Frame) -> torch.Tensor:
+        noise = SampleRandom(self.seed, [case.number]).normal(*latents.shape[1:]).to(latents)
+        return add_noise(latents, noise, torch.tensor([sigma]), frame)
+
+    def generator(self, case: Case) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + case.number)
+
+
+def decoder_run(pipeline: PixelDecoderPipeline, encoder: Any, call_kwargs: dict[str, Any], making: Making) -> Run:
+    """`encoder`: makes the latents of pictures, `None`: the decoder's own."""
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(case: Case, setting: Setting) -> tuple[torch.Tensor, float]:
+        if making.prompts:
+            stored = load_file(latents_path(making.output, case, setting.stop))
+            latents, sigma = stored["latents"], stored["sigma"].item()
+        else:
+            assert case.small is not None and setting.sigma is not None
+            sigma = setting.sigma
+            latents = making.noised(pipeline.encode_image(case.small, encoder), case, sigma, frame_of(pipeline))
+        result, seconds = _timed(
+            lambda: pipeline(
+                latents,
+                prompt=case.caption,
+                sigma=sigma if setting.told is None else setting.told,
+                num_inference_steps=setting.steps,
+                generator=making.generator(case),
+                output_type="pt",
+                **call_kwargs,
+            )
+        )
+        return result.images.float() * 2 - 1, seconds
+
+    return run
+
+
+def baseline_run(name: str, vae: torch.nn.Module | None, frame: Frame, making: Making) -> Run:
+    """`vae`: what makes and decodes latents of pictures, noised in this frame.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or (later) one of another scale.
+    """
+    kind, _, model = name.partition(":")
+    if kind in ("bicubic", "lanczos"):
+        return lambda case, setting: _timed(lambda: _enlarge(case.small, making.scale, kind))
+    upscaler: Callable[[torch.Tensor, Case], torch.Tensor] | None = None
+    if kind == "upscale":
+        upscaler = _upscale_pipeline(model, making)
+    elif kind == "spandrel":
+        upscaler = _spandrel(model, making.device)
+
+    def larger(image: torch.Tensor, case: Case) -> torch.Tensor:
+        if upscaler is None:
+            return _enlarge(image, making.scale, "bicubic")
+        large = upscaler(image, case)
+        if large.shape[-1] != image.shape[-1] * making.scale:
+            raise ValueError(
+                f"baseline {name} makes images {large.shape[-1] / image.shape[-1]:g} times larger, the others "
+                f"{making.scale} times: they do not fit in one table"
+            )
+        return large
+
+    def run(case: Case, setting: Setting) -> tuple[torch.Tensor, float]:
+        if making.prompts:
+            own = to_tensor(load_image(latents_path(making.output, case))).to(making.device)
+            return _timed(lambda: larger(own, case))
+        assert vae is not None and case.small is not None and setting.sigma is not None
+        latents = making.noised(encode(vae, case.small), case, setting.sigma, frame)
+        return _timed(lambda: larger(decode(vae, latents).float(), case))
+
+    return run
+
+
+def frame_of(pipeline: PixelDecoderPipeline) -> Frame:
+    space = SPACES.get(pipeline.config.latent_space or "")
+    return space.frame if space else "flow"
+
+
+def latents_path(output: Path, case: Case, stop: str | None = None) -> Path:
+    """What the latent model made of a prompt: latents at a stop, or its own image at the end."""
+    return output / "latents" / (f"{case.file}.png" if stop is None else f"{case.file}-{slug(stop)}.safetensors")
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", name).strip("_.")
+
+
+def _enlarge(small: torch.Tensor | None, scale: int, kind: str) -> torch.Tensor:
+    assert small is not None
+    if kind == "bicubic":
+        return F.interpolate(small, scale_factor=scale, mode="bicubic").clamp(-1, 1)
+    image = to_image(small)
+    return to_tensor(image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS))
+
+
+def _upscale_pipeline(name: str, making: Making) -> Callable[[torch.Tensor, Case], torch.Tensor]:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(name).to(making.device)
+    pipe.set_progress_bar_config(disable=True)
+    takes = inspect.signature(pipe.__call__).parameters
+    if "image" not in takes:
+        raise ValueError(f"baseline upscale:{name}: {type(pipe).__name__} takes no image")
+
+    def larger(image: torch.Tensor, case: Case) -> torch.Tensor:
+        text = {"prompt": case.caption} if "prompt" in takes else {}
+        return to_tensor(pipe(image=to_image(image), generator=making.generator(case), **text).images[0])
+
+    return larger
+
+
+def _spandrel(name: str, device: str) -> Callable[[torch.Tensor, Case], torch.Tensor]:
+    try:
+        from spandrel import ImageModelDescriptor, ModelLoader
+    except ImportError:
+        raise ValueError("baseline spandrel: needs spandrel: pip install 'pixeldecoder[iqa]'") from None
+    if not Path(name).is_file():
+        raise ValueError(f"baseline spandrel:{name}: no such file")
+    try:
+        model = ModelLoader(device).load_from_file(name)
+    except Exception as error:  # each of its architectures has errors of its own
+        raise ValueError(f"baseline spandrel:{name}: no model that spandrel knows ({error})") from None
+    if not isinstance(model, ImageModelDescriptor):
+        raise ValueError(f"baseline spandrel:{name}: {type(model).__name__} does not make one image from one")
+    model.eval()
+
+    @torch.no_grad()
+    def larger(image: torch.Tensor, case: Case) -> torch.Tensor:
+        return model(image / 2 + 0.5).clamp(0, 1) * 2 - 1
+
+    return larger
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    begun = time.perf_counter()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - begun
