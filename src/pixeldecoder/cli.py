@@ -687,6 +687,62 @@ class Evaluate(TextEncoder, Execution):
 
 
 @dataclass(kw_only=True)
+class Compare:
+    """Two images of one size: metrics of the second against the first, and a page with a slider and a zoom.
+
+    Example: pixeldecoder compare original.png decoded.png
+    """
+
+    first: Annotated[Path, tyro.conf.Positional]
+    """Taken for the truth."""
+    second: Annotated[Path, tyro.conf.Positional]
+    output: Path = Path("outputs/comparison.html")
+    """The page."""
+    weights: dict[str, Path] = field(default_factory=dict)
+    """Of metrics, as in `evaluate`."""
+
+    def run(self) -> None:
+        from pixeldecoder.evaluation.report import write_comparison
+
+        for name, value in write_comparison(self.first, self.second, self.output, self.weights).items():
+            print(f"{name:16} {value:10.4f}")
+        print(self.output)
+
+
+@dataclass(kw_only=True)
+class Judge:
+    """Let a vision model say which of two methods' images it prefers, in both orders; win rates go to the report.
+
+    Example: pixeldecoder judge outputs/evaluation --url http://localhost:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct
+    """
+
+    evaluation: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished evaluation."""
+    url: str
+    """Of an OpenAI-compatible server, up to /v1."""
+    model: str
+    """Its name there."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    settings: tuple[str, ...] = ()
+    """As the report calls them; by default the first of each method."""
+    limit: int | None = None
+    """The first images alone."""
+
+    def run(self) -> None:
+        from pixeldecoder.evaluation.judge import judge
+        from pixeldecoder.evaluation.report import write_report
+
+        # Never a token of another service's.
+        key = os.environ.get(self.key_variable) or "none"
+        answers = judge(self.evaluation, self.url, self.model, key, self.settings, self.limit)
+        if unclear := sum(answer["answer"] is None for answer in answers):
+            print(f"{unclear} of {len(answers)} answers are neither first, second nor tie: left out", file=sys.stderr)
+        write_report(self.evaluation)
+        print(self.evaluation / "report.html")
+
+
+@dataclass(kw_only=True)
 class Train:
     """Train a prior or a teacher.
 
@@ -747,6 +803,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": Convert,
     "plan": Plan,
     "evaluate": Evaluate,
+    "compare": Compare,
+    "judge": Judge,
     "benchmark": Benchmark,
     "train": Train,
     "distill": Distill,

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pixeldecoder.evaluation.judge import verdicts
 from pixeldecoder.evaluation.methods import Setting, slug
 from pixeldecoder.evaluation.metrics import METRICS, Metric, find_metrics, load_metrics, luma, texture_map
-from pixeldecoder.evaluation.run import image_path
+from pixeldecoder.evaluation.run import image_path, read_lines
 from pixeldecoder.files import load_image, side_by_side, to_image, to_tensor, write_whole
 
 RESAMPLES = 2000
@@ -87,7 +88,7 @@ def write_report(output: Path) -> None:
     settings = [Setting(**setting) for setting in study["settings"]]
     rows = _read(output / "results.csv")
     metrics = [_metric(name) for name in rows[0] if name not in _FIXED]
-    tables = _tables(settings, rows, metrics, study)
+    tables = _tables(settings, rows, metrics, study) + _judge_tables(read_lines(output / "judge.jsonl"))
     cases = _cases(output, settings, rows, metrics)
     context = {
         "title": "Evaluation",
@@ -185,6 +186,20 @@ def _tables(settings: list[Setting], rows: list[Row], metrics: list[Metric], stu
     times = {str(setting): [Cell(float(np.median(s))), Cell(len(s))] for setting, s in seconds.items() if len(s)}
     tables.append(Table("Time", ["Seconds, median", "Images"], times))
     return [table for table in tables if table.columns]
+
+
+def _judge_tables(answers: list[dict[str, Any]]) -> list[Table]:
+    tables = []
+    for model in dict.fromkeys(answer["model"] for answer in answers):
+        rows = {}
+        for (a, b), found in verdicts([answer for answer in answers if answer["model"] == model]).items():
+            score = found["score"]
+            counts = [Cell(int((score == value).sum())) for value in (1, 0.5, 0)]
+            contradictions = Cell(int(found["contradiction"].sum()))
+            rows[f"{a} against {b}"] = [Cell(float(score.mean()), interval(score)), *counts, contradictions]
+        columns = ["Win rate, ties as half", "Wins", "Ties", "Losses", "Ties by contradiction"]
+        tables.append(Table(f"Preferred by {model}, in both orders", columns, rows))
+    return tables
 
 
 def _headings(metrics: list[Metric]) -> list[str]:

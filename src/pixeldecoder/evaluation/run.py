@@ -145,6 +145,7 @@ class Study:
             frames.append(frame_of(pipeline))
             settings = []
             for steps in self.steps or (pipeline.config.default_num_inference_steps,):
+                pipeline._set_times(steps, None, 512, 512, torch.device("cpu"))  # complains if it cannot
                 if self.prompts:
                     settings += [Setting(name, steps, stop=stop) for stop in self.stops]
                     continue
@@ -324,12 +325,7 @@ class Study:
             return None
 
     def _append(self, row: dict[str, Any]) -> None:
-        path = self.output / f"rows-{self.state.process_index}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+") as file:
-            file.seek(max(0, file.tell() - 1))
-            torn = file.read(1) not in ("", "\n")  # by an interruption
-            file.write("\n" * torn + json.dumps(row) + "\n")
+        append_line(self.output / f"rows-{self.state.process_index}.jsonl", row)
 
     def _write(
         self, settings: list[Setting], metrics: list[str], sets: dict[str, Any], skipped: dict[str, str]
@@ -399,11 +395,7 @@ def read_rows(output: Path, unreadable: dict[str, str] | None = None) -> dict[tu
     """What the processes wrote, by setting and picture."""
     rows: dict[tuple[Setting, str], dict[str, Any]] = {}
     for path in sorted(output.glob("rows-*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn by an interruption
-                continue
+        for row in read_lines(path):
             if "unreadable" in row:
                 if unreadable is not None:
                     unreadable[row["unreadable"]] = row["reason"]
@@ -411,6 +403,25 @@ def read_rows(output: Path, unreadable: dict[str, str] | None = None) -> dict[tu
             setting = Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
             rows.setdefault((setting, row["image"]), {}).update(row)
     return rows
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON, a line each; without what an interruption tore."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(content).encode() + b"\n")
 
 
 def write_json(path: Path, content: Any) -> None:
