@@ -603,7 +603,8 @@ class Evaluate(TextEncoder, Execution):
 
     Pictures are made small, encoded, noised, decoded and compared with themselves. With prompts a latent model is
     stopped early. What is in the output folder already is not made again, so an interrupted run goes on, and more
-    decoders, settings or metrics can be added; `accelerate launch -m pixeldecoder evaluate ...` shares the work.
+    decoders, settings or metrics can be added; `torchrun --nproc-per-node 2 -m pixeldecoder evaluate ...` shares the
+    work.
 
     Example: pixeldecoder evaluate photos/ --crop 512 --sigmas 0 0.4 --baselines bicubic vae --vae madebyollin/taef1
     """
@@ -705,7 +706,7 @@ class Compare:
         from pixeldecoder.evaluation.report import write_comparison
 
         for name, value in write_comparison(self.first, self.second, self.output, self.weights).items():
-            print(f"{name:16} {value:10.4f}")
+            print(f"{name:16} {'–' if value is None else format(value, '.4f'):>10}")
         print(self.output)
 
 

@@ -154,10 +154,9 @@ def test_killed_and_resumed(parts, finished, tmp_path):
 def test_two_processes(parts, finished, tmp_path):
     output = tmp_path / "out"
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pixeldecoder", "evaluate", parts / "photos",
-        "--output", output, "--decoders", parts / "decoder", "--device", "cpu", "--dtype", "float32", *common(parts),
-        "--steps", 1, 2, "--as-if-clean",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "pixeldecoder",
+        "evaluate", parts / "photos", "--output", output, "--decoders", parts / "decoder", "--device", "cpu",
+        "--dtype", "float32", *common(parts), "--steps", 1, 2, "--as-if-clean",
     ]  # fmt: skip
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}

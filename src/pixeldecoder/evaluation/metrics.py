@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from pixeldecoder.convert import read_tensors
 from pixeldecoder.files import to_image
@@ -73,6 +74,18 @@ def load_metrics(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             skipped[metric.name] = f"{type(error).__name__}: {reason[:200]}"
     return scores, skipped
+
+
+def measure(
+    name: str, score: Score, image: torch.Tensor, truth: torch.Tensor | None, prompt: str, picture: str
+) -> float | None:
+    """`None`, with a line that says why, for a picture that the metric cannot be computed of, such as a small one."""
+    try:
+        value = score(image, truth, prompt)
+        return value if math.isfinite(value) else None
+    except (ValueError, RuntimeError) as error:
+        tqdm.write(f"{name} of {picture}: {str(error).splitlines()[0][:200]}")
+        return None
 
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pixeldecoder.evaluation.judge import verdicts
 from pixeldecoder.evaluation.methods import Setting, slug
-from pixeldecoder.evaluation.metrics import METRICS, Metric, find_metrics, load_metrics, luma, texture_map
+from pixeldecoder.evaluation.metrics import METRICS, Metric, find_metrics, load_metrics, luma, measure, texture_map
 from pixeldecoder.evaluation.run import image_path, read_lines
 from pixeldecoder.files import load_image, side_by_side, to_image, to_tensor, write_whole
 
@@ -103,7 +103,7 @@ def write_report(output: Path) -> None:
     _write_markdown(output, context)
 
 
-def write_comparison(first: Path, second: Path, output: Path, weights: dict[str, Path]) -> dict[str, float]:
+def write_comparison(first: Path, second: Path, output: Path, weights: dict[str, Path]) -> dict[str, float | None]:
     """Two images of one size as one HTML file; metrics of the second, the first taken for the truth.
 
     Raises:
@@ -115,7 +115,7 @@ def write_comparison(first: Path, second: Path, output: Path, weights: dict[str,
         raise ValueError(f"{first} and {second}: expected two images of one size, got {sizes}")
     truth, image = map(to_tensor, images)
     scores, skipped = load_metrics(find_metrics((), weights), torch.device("cpu"), weights)
-    values = {name: score(image, truth, "") for name, score in scores.items()}
+    values = {name: measure(name, score, image, truth, "", second.name) for name, score in scores.items()}
     metrics = [METRICS[name] for name in values]
     pictures = {first.name: images[0], second.name: images[1], "texture": _texture_picture(image, truth)}
     title = f"{second.name} against {first.name}"
@@ -322,6 +322,7 @@ def _texture_picture(image: torch.Tensor, truth: torch.Tensor) -> Image.Image:
 
 def _write(path: Path, context: dict[str, Any]) -> None:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {}  # its own sorts: the original, or the first method, comes first
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
     write_whole(path, lambda file: file.write_text(template.render(context)))
 

@@ -6,7 +6,6 @@ was interrupted goes on, any number of processes share the work, and more metric
 
 import csv
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,7 +31,7 @@ from pixeldecoder.evaluation.methods import (
     latents_path,
     slug,
 )
-from pixeldecoder.evaluation.metrics import METRICS, find_metrics, load_metrics
+from pixeldecoder.evaluation.metrics import METRICS, find_metrics, load_metrics, measure
 from pixeldecoder.files import load_image, save_image, to_image, to_tensor, write_whole
 from pixeldecoder.latents import Frame, load_autoencoder
 from pixeldecoder.ldm import parse_stop, partly_denoise
@@ -313,16 +312,8 @@ class Study:
                 image = to_tensor(load_image(path)).to(self.device)  # as 8 bits hold it
                 for name in scores:
                     if name not in row:
-                        row[name] = self._score(name, scores[name], image, case)
+                        row[name] = measure(name, scores[name], image, case.truth, case.caption, case.name)
                 self._append(row)
-
-    def _score(self, name: str, score: Any, image: torch.Tensor, case: Case) -> float | None:
-        try:
-            value = score(image, case.truth, case.caption)
-            return value if math.isfinite(value) else None
-        except (ValueError, RuntimeError) as error:  # such as a picture too small for it
-            tqdm.write(f"{name} of {case.name}: {str(error).splitlines()[0][:200]}")
-            return None
 
     def _append(self, row: dict[str, Any]) -> None:
         append_line(self.output / f"rows-{self.state.process_index}.jsonl", row)
