@@ -23,14 +23,14 @@ from pixeldecoder.plan import plan
 planned = []
 pixeldecoder.pipeline.plan = lambda *a, **k: planned.append(plan(*a, **k)) or planned[0]
 size, kwargs = json.loads(sys.argv[1])
-pipeline = PixelDecoderPipeline.from_pretrained("nano", torch_dtype=torch.bfloat16)
+pipeline = PixelDecoderPipeline.from_pretrained("nano")
 pipeline(torch.randn(1, 16, size // 32, size // 32), num_inference_steps=1, **kwargs)
 print(json.dumps([len(planned[0].tiles), planned[0].memory, peak_resident()]))
 """
 
 
 @pytest.mark.parametrize(
-    ("size", "kwargs"), [(512, {}), (768, {"tile_size": None}), (1024, {}), (1536, {"max_memory": "0.75GB"})]
+    ("size", "kwargs"), [(512, {}), (768, {"tile_size": None}), (1024, {}), (1536, {"max_memory": "0.9GB"})]
 )
 def test_peak_memory_is_what_was_planned(size, kwargs):
     command = [sys.executable, "-c", DECODE, json.dumps([size, kwargs])]
@@ -39,7 +39,7 @@ def test_peak_memory_is_what_was_planned(size, kwargs):
     assert (tiles > 1) == (size > 768)
     assert 0.85 * peak < planned < 1.25 * peak
     if "max_memory" in kwargs:
-        assert peak < 0.75e9
+        assert peak < 0.9e9
 
 
 def released(dtype=torch.bfloat16) -> PixelDecoderTransformer2DModel:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
@@ -26,7 +27,7 @@ from diffusers import (
 from PIL import Image
 
 from conftest import TINY_NANO, tiny_pipeline
-from families import build, clip, kl, tokenizer
+from families import build, clip, tokenizer
 from pixeldecoder.cli import main
 from pixeldecoder.evaluation.judge import verdicts
 from pixeldecoder.evaluation.methods import Setting
@@ -188,13 +189,17 @@ def upscalers(tmp_path_factory):
     """diffusers' upscale pipelines, with and without a prompt, and a model that spandrel would load."""
     folder = tmp_path_factory.mktemp("upscalers")
     torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8,) * 3, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+    )  # fmt: skip
     unet = UNet2DConditionModel(
         in_channels=7, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=8,
         cross_attention_dim=32, num_class_embeds=1000, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     StableDiffusionUpscalePipeline(
-        vae=kl(4, 0.18215, None), text_encoder=clip(), tokenizer=tokenizer(), unet=unet,
+        vae=vae, text_encoder=clip(), tokenizer=tokenizer(), unet=unet,
         low_res_scheduler=DDPMScheduler(), scheduler=DDIMScheduler(prediction_type="v_prediction"),
     ).save_pretrained(folder / "prompt")  # fmt: skip
     return folder
@@ -279,7 +284,9 @@ def test_interval_is_the_bootstrap_of_the_mean():
 def test_compare(parts, tmp_path, capsys):
     a, b = parts / "photos" / "photo 0.png", parts / "photos" / "photo 1.png"
     assert main(["compare", str(a), str(b), "--output", str(tmp_path / "page.html")]) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines()[:-1])
+    lines = capsys.readouterr().out.splitlines()
+    assert "ms_ssim of photo 1.png: " in lines[0]  # too small for its five scales
+    printed = dict(line.split() for line in lines[1:-1])
     expected = -10 * np.log10(np.square(np.array(Image.open(a)) / 255 - np.array(Image.open(b)) / 255).mean())
     assert float(printed["psnr"]) == pytest.approx(expected, abs=1e-3)
     assert (tmp_path / "page.html").read_text().count("data:image/webp") == 3

@@ -165,8 +165,8 @@ def spectral_error(image: torch.Tensor, truth: torch.Tensor, bands: int = 32) ->
         y = luma(picture)[0, 0]
         height, width = y.shape
         window = torch.hann_window(height, device=y.device)[:, None] * torch.hann_window(width, device=y.device)
-        power = torch.fft.rfft2((y - y.mean()) * window).abs().square()
-        rows, columns = torch.fft.fftfreq(height, device=y.device), torch.fft.rfftfreq(width, device=y.device)
+        power = torch.fft.fft2((y - y.mean()) * window).abs().square()
+        rows, columns = (torch.fft.fftfreq(side, device=y.device) for side in y.shape)
         band = (torch.hypot(rows[:, None], columns) * 2 * bands).long().flatten()
         inside = band < bands
         total = torch.zeros(bands, device=y.device).index_add_(0, band[inside], power.flatten()[inside])
@@ -413,6 +413,7 @@ def _distribution(kind: str) -> Callable[[torch.device, dict[str, Path]], Any]:
     """FID or KID over Inception features; its accumulator takes uint8 pictures."""
 
     def load(device: torch.device, weights: dict[str, Path]) -> Any:
+        import torch_fidelity  # noqa: F401  whose absence torchmetrics would notice at the end only
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
 
