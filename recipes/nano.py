@@ -1,22 +1,30 @@
-"""Photos in, the bundled nano weights out: first the encoder, then the decoder.
+"""Photos in, the bundled nano weights out, one command for each stage:
 
-    python recipes/nano.py encoder --data TRAIN --minutes 8 --batch-size 8 --muon-learning-rate 0.015
-    python recipes/nano.py adapter --data TRAIN --minutes 12 --batch-size 4 --muon-learning-rate 0.03
-    python recipes/nano.py decoder --data TRAIN --minutes 10 --muon-learning-rate 0.01 --learning-rate 5e-4
+    python recipes/nano.py encoder --data TRAIN --minutes 8
+    python recipes/nano.py adapter --data TRAIN --minutes 30
+    python recipes/nano.py teacher --data TRAIN --minutes 25
+    python recipes/nano.py student --data TRAIN --minutes 45
     python recipes/nano.py bundle --data EVAL
 
-each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`. What came of it is measured by
+each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`, and goes on from its own checkpoint
+when it is called again, so that `--piece 9` cuts a stage into calls of nine minutes. On a GPU 3, 4, 8 and 10 minutes
+do more than those above on two CPU cores. What came of it is measured by
 
     python recipes/nano.py baseline
     pixeldecoder evaluate EVAL --crop 512 --baselines bicubic vae --vae outputs/nano/taef1
+
+What was tried and left out is told in docs/nano.md.
 """
 
-import json
+import copy
+import itertools
 import math
 import random
 import re
 import shutil
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,35 +39,52 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pixeldecoder.evaluation.metrics import SqueezeNetDistance
 from pixeldecoder.files import to_tensor
+from pixeldecoder.models.adapter import LatentFeatures
+from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import NANO as NANO_FOLDER
 from pixeldecoder.pipeline import STUDENT_TIMES, PixelDecoderPipeline
+from pixeldecoder.training import losses
 
 
 @dataclass(kw_only=True)
 class Config:
     """One training run."""
 
-    stage: tyro.conf.Positional[Literal["encoder", "adapter", "decoder", "bundle", "baseline"]]
+    stage: tyro.conf.Positional[Literal["encoder", "adapter", "teacher", "student", "bundle", "baseline"]]
     data: Path = Path()
     """Folder of photos: to train on, or, to bundle, those of EVAL."""
     taef1: Path
     """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors, its decoder beside it."""
     minutes: float = 60.0
-    """Wall time of training, loading excluded."""
+    """Of training, over all calls, loading excluded; the learning rates fall to nothing over them."""
+    piece: float = math.inf
+    """Minutes until this call ends, its checkpoint written."""
+    squeezenet: Path | None = None
+    """ImageNet SqueezeNet 1.0, .safetensors, which the student's perceptual and adversarial terms look through."""
     out: Path = Path("outputs/nano")
     seed: int = 0
-    batch_size: int = 4
-    """Crops to a step of the encoder's training and of the adapter's alone; the whole decoder's are in SIZES."""
-    compile: bool = True
+    batch_size: int | None = None
+    """Crops of 256 px to a step; by default 8, on a GPU 32. Larger crops are fewer."""
+    pixel_weight: float = 4.0
+    perceptual_weight: float = 1.0
+    gan_weight: float = 0.03
+    vsd_weight: float = 0.1
+    """Of the terms of the student's loss; 0: neither computed nor trained for."""
+    compile: bool = torch.cuda.is_available()
     """Compile the decoder's blocks."""
-    muon_learning_rate: float = 0.02
-    """Of convolutions and of the matrices of attention and MLPs."""
-    learning_rate: float = 1e-3
-    """Of everything else, by AdamW."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def crops(self) -> int:
+        return self.batch_size or (8 if self.device == "cpu" else 32)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 on a GPU; most CPUs are slower in it."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu")
 
 
 def load_taef1(path: Path) -> AutoencoderTiny:
@@ -108,33 +133,33 @@ class Pair:
     latents: torch.Tensor
     """(16, H/32, W/32) float16, TAEF1's, of the whole picture: a crop of them has seen what lies around it."""
     own: torch.Tensor
-    """The bundled encoder's, likewise: what `upscale` decodes."""
+    """The encoder's, likewise, that this recipe trains first: what `upscale` decodes."""
 
 
 @torch.no_grad()
 def load_pairs(config: Config) -> list[Pair]:
-    """Every photo twice, plain and mirrored; the latents are computed once and kept in `out`."""
-    photos, pairs = load_photos(config.data), []
-    cache = config.out / f"latents_{len(photos)}.pt"
-    known = torch.load(cache, weights_only=True) if cache.exists() else None
-    taef1 = load_taef1(config.taef1).to(config.device).to(memory_format=torch.channels_last)
-    encoder = None
-    if config.stage != "encoder":
-        encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
-    for index, photo in enumerate(photos):
+    """Every photo twice, plain and mirrored, on the device; what is computed once is kept in `out`."""
+    photos = []
+    for photo in load_photos(config.data):
         height, width = (side // 32 * 32 for side in photo.shape[1:])
-        for mirror in (False, True):
-            crop = photo[:, :height, :width].flip(-1) if mirror else photo[:, :height, :width]
-            small = downscale(crop[None].to(config.device).float() / 127.5 - 1, 4)
-            latents = known[2 * index + mirror] if known else taef1.encoder(small)[0].half().cpu()
-            own = encoder(small)[0].half().cpu() if encoder else latents
-            pairs.append(Pair(crop.contiguous(), small[0].half().cpu(), latents, own))
-        if index % 100 == 0:
-            print(f"latents of photo {index} of {len(photos)}", flush=True)
-    if not known:
+        crop = photo[:, :height, :width].to(config.device)
+        photos += [crop.contiguous(), crop.flip(-1)]
+    cache = config.out / ("encoder_pairs.pt" if config.stage == "encoder" else "pairs.pt")
+    known = torch.load(cache, weights_only=True) if cache.exists() else []
+    if len(known) != len(photos):
+        taef1 = load_taef1(config.taef1).to(config.device).to(memory_format=torch.channels_last)
+        encoder = taef1.encoder
+        if config.stage != "encoder":
+            encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
+        known = []
+        for index, photo in enumerate(photos):
+            small = downscale(photo[None].float() / 127.5 - 1, 4)
+            known.append(tuple(x[0].half().cpu() for x in (small, taef1.encoder(small), encoder(small))))
+            if index % 200 == 0:
+                print(f"latents of picture {index} of {len(photos)}", flush=True)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([pair.latents for pair in pairs], cache)
-    return pairs
+        torch.save(known, cache)
+    return [Pair(photo, *(x.to(config.device) for x in rest)) for photo, rest in zip(photos, known, strict=True)]
 
 
 def draw(pairs: list[Pair], cells: int, batch: int, rng: random.Random) -> list[tuple[Pair, int, int]]:
@@ -147,20 +172,45 @@ def draw(pairs: list[Pair], cells: int, batch: int, rng: random.Random) -> list[
     return [(pair, place(pair.latents.shape[1]), place(pair.latents.shape[2])) for pair in chosen]
 
 
+def run(config: Config, parts: dict[str, "torch.nn.Module | Optimizer"], step: Callable[..., dict[str, float]]) -> bool:
+    """Call `step(progress, random)` until the stage's minutes are over, or this call's.
+
+    Returns:
+        Whether the stage is at its end. If not, its state is in its checkpoint.
+    """
+    path, done, spent = config.out / f"{config.stage}.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=config.device, weights_only=True)
+        done, spent = state["step"], state["minutes"]
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        print(f"from step {done}, {spent:.1f} min", flush=True)
+    before, begun, log = spent, time.time(), defaultdict(list)
+    while spent < config.minutes and spent - before < config.piece:
+        torch.manual_seed(config.seed * 10**7 + done)
+        for name, value in step(spent / config.minutes, random.Random(f"{config.seed}/{done}")).items():
+            log[name].append(value)
+        done, spent = done + 1, before + (time.time() - begun) / 60
+        if done % 50 == 0:
+            means = "  ".join(f"{name} {np.mean(values[-50:]):.4f}" for name, values in log.items())
+            print(f"{spent:6.1f} min  step {done}  {means}", flush=True)
+    state = {"step": done, "minutes": spent, "parts": {name: part.state_dict() for name, part in parts.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+    return spent >= config.minutes
+
+
 def train_encoder(config: Config) -> None:
     """Mean squared distance to TAEF1's latents, on photos shrunk 4x."""
     torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
     pairs = load_pairs(config)
-    known = (config.out / "encoder").exists()
-    model = TinyLatentEncoder.from_pretrained(config.out / "encoder") if known else TinyLatentEncoder()
-    model.to(config.device, memory_format=torch.channels_last).train()
-    optimizer = Optimizer(model, config)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
-    start, step, log = time.time(), 0, []
-    while (progress := (time.time() - start) / (60 * config.minutes)) < 1:
-        image, target, mask = [], [], torch.ones(config.batch_size, 1, 8, 8)
-        for index, (pair, top, left) in enumerate(draw(pairs, 8, config.batch_size, rng)):
+    model = TinyLatentEncoder().to(config.device, memory_format=torch.channels_last).train()
+    optimizer = Optimizer(model, 0.015)
+
+    def step(progress: float, rng: random.Random) -> dict[str, float]:
+        image, target, mask = [], [], torch.ones(config.crops, 1, 8, 8)
+        for index, (pair, top, left) in enumerate(draw(pairs, 8, config.crops, rng)):
             image.append(pair.small[:, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64])
             target.append(pair.latents[:, top : top + 8, left : left + 8])
             # The outermost cells of a crop depend on what was cut away, unless the photo itself ends there.
@@ -168,37 +218,32 @@ def train_encoder(config: Config) -> None:
             mask[index, :, -1] *= top + 8 == pair.latents.shape[1]
             mask[index, :, :, 0] *= left == 0
             mask[index, :, :, -1] *= left + 8 == pair.latents.shape[2]
-        image, target = (torch.stack(x).to(config.device).float() for x in (image, target))
+        image, target = torch.stack(image).float(), torch.stack(target).float()
         mask = mask.to(config.device)
         difference = model(image.contiguous(memory_format=torch.channels_last)) - target
         error = (mask * difference.square()).sum() / (mask.sum() * target.shape[1])
         optimizer.step(error, progress)
-        log.append((error.item() / target.square().mean().item()) ** 0.5)
-        step += 1
-        if step % 100 == 0:
-            minutes = (time.time() - start) / 60
-            print(f"{minutes:6.1f} min  step {step}  RMS difference / RMS {np.mean(log[-100:]):.3f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(config.out / "encoder")
-    (config.out / "encoder" / "training.json").write_text(
-        json.dumps({"steps": step, "final": float(np.mean(log[-100:])), "config": vars(config)}, default=str, indent=1)
-    )
+        return {"RMS difference / RMS": (error.item() / target.square().mean().item()) ** 0.5}
+
+    if run(config, {"model": model, "optimizer": optimizer}, step):
+        model.to(torch.bfloat16).save_pretrained(config.out / "encoder")
 
 
 NANO = dict(
-    patch_size=8,
-    num_layers=2,
-    num_attention_heads=3,
+    patch_size=16,
+    num_layers=4,
+    num_attention_heads=4,
     attention_head_dim=64,
     num_pixel_layers=1,
-    pixel_dim=16,
+    pixel_dim=8,
     num_pixel_attention_heads=2,
     pixel_attention_head_dim=32,
     text_embed_dim=None,
     latent_channels=16,
     latent_downscale_factor=8,
     scale=4,
-    adapter_dim=96,
-    num_adapter_layers=6,
+    adapter_dim=160,
+    num_adapter_layers=4,
     adapter_padding_mode="replicate",
     injection_interval=1,
     per_channel_gate=False,
@@ -208,150 +253,268 @@ NANO = dict(
     prediction_type="sample",
     rope_reference_size=512,
 )
-SIZES = {192: (0.4, 4), 256: (0.4, 2), 384: (0.15, 1), 512: (0.05, 1)}
-"""Crop side in pixels: its share of the steps, and crops to a batch. Rotary angles change with the size, so that it
-must be varied."""
+SIZES = {192: (0.35, 16 / 9), 256: (0.4, 1), 384: (0.2, 4 / 9), 512: (0.05, 1 / 4)}
+"""Crop side in pixels: its share of the steps, and crops to a batch, of those of 256 px. Rotary angles change with the
+size, so that it must be varied."""
 TIME_SHIFT = 6 * (1024 / 2048) ** 0.5
 
 
-def latent_batch(
-    pairs: list[Pair], size: int, batch: int, rng: random.Random, device: str
-) -> tuple[list[tuple[Pair, int, int]], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the crops are, their small images, their latents noised to sigma, and sigma."""
-    crops = draw(pairs, size // 32, batch, rng)
-    small = torch.stack([p.small[:, 8 * y : 8 * y + size // 4, 8 * x : 8 * x + size // 4] for p, y, x in crops])
-    latents = torch.stack(
-        [rng.choice((p.latents, p.own))[:, y : y + size // 32, x : x + size // 32] for p, y, x in crops]
-    )
-    small, latents = small.to(device).float(), latents.to(device).float()
+def build(config: Config) -> PixelDecoderTransformer2DModel:
+    torch.manual_seed(config.seed)
+    return PixelDecoderTransformer2DModel(**NANO).to(config.device, memory_format=torch.channels_last)
+
+
+@dataclass
+class Crops:
+    """What a step learns from, B pictures."""
+
+    image: torch.Tensor
+    """(B, 3, H, W) in [-1, 1]."""
+    small: torch.Tensor
+    latents: torch.Tensor
+    """Noised to sigma, half of them TAEF1's, half the own encoder's."""
+    sigma: torch.Tensor
+
+
+def crops(pairs: list[Pair], size: int, batch: int, rng: random.Random) -> Crops:
+    cells, drawn = size // 32, draw(pairs, size // 32, batch, rng)
+    image = torch.stack([p.photo[:, 32 * y : 32 * y + size, 32 * x : 32 * x + size] for p, y, x in drawn])
+    small = torch.stack([p.small[:, 8 * y : 8 * y + size // 4, 8 * x : 8 * x + size // 4] for p, y, x in drawn])
+    latents = torch.stack([rng.choice((p.latents, p.own))[:, y : y + cells, x : x + cells] for p, y, x in drawn])
+    latents = latents.float()
     # Noising (method: Training): with probability .75 sigma ~ U(0, .8), else clean.
-    sigma = torch.rand(batch, device=device) * 0.8 * (torch.rand(batch, device=device) < 0.75)
-    return crops, small, torch.lerp(latents, torch.randn_like(latents), sigma[:, None, None, None]), sigma
+    sigma = torch.rand(batch, device=latents.device) * 0.8 * (torch.rand(batch, device=latents.device) < 0.75)
+    noisy = torch.lerp(latents, torch.randn_like(latents), sigma[:, None, None, None])
+    return Crops(image.float() / 127.5 - 1, small.float(), noisy, sigma)
 
 
-def rgb_loss(prediction: torch.Tensor, small: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Squared error of pixels and of neighbours' differences, samples by (1 - sigma).
-
-    As the base of the output the prediction must be a mean image; the differences are there for edges and seams.
-    """
-    error = prediction - small
-    return ((1 - sigma) * (squared(error) + squared(error.diff(dim=-1)) + squared(error.diff(dim=-2)))).mean()
+def any_size(pairs: list[Pair], config: Config, rng: random.Random) -> Crops:
+    size = rng.choices(list(SIZES), weights=[share for share, _ in SIZES.values()])[0]
+    return crops(pairs, size, max(1, round(config.crops * SIZES[size][1])), rng)
 
 
 def squared(error: torch.Tensor) -> torch.Tensor:
-    """Mean square of each image, (B,)."""
-    return error.square().mean(dim=(1, 2, 3))
+    """Mean square of each image, (B,), and of its neighbours' differences, for edges and seams."""
+    return sum(x.square().mean(dim=(1, 2, 3)) for x in (error, error.diff(dim=-1), error.diff(dim=-2)))
 
 
 def train_adapter(config: Config) -> None:
-    """The adapter learns to predict the small image, the base of what the decoder puts out."""
-    torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
-    pairs = load_pairs(config)
-    model = PixelDecoderTransformer2DModel(**NANO).to(config.device, memory_format=torch.channels_last)
-    optimizer = Optimizer(model.adapter, config)
-    begun, step, log = time.time(), 0, []
-    while (progress := (time.time() - begun) / (60 * config.minutes)) < 1:
-        _, small, latents, sigma = latent_batch(pairs, 256, config.batch_size, rng, config.device)
-        loss = rgb_loss(model.encode_latents(latents, 256, 256).aux_rgb, small, sigma)
+    """The adapter learns to predict the small image, the base of what the decoder puts out: a mean image."""
+    pairs, model = load_pairs(config), build(config)
+    optimizer = Optimizer(model.adapter, 0.03)
+
+    def step(progress: float, rng: random.Random) -> dict[str, float]:
+        batch = crops(pairs, 256, config.crops, rng)
+        with config.autocast():
+            prediction = model.encode_latents(batch.latents, 256, 256).aux_rgb
+        loss = ((1 - batch.sigma) * squared(prediction.float() - batch.small)).mean()
         optimizer.step(loss, progress)
-        step += 1
-        log.append(loss.item())
-        if step % 100 == 0:
-            print(f"{(time.time() - begun) / 60:6.1f} min  step {step}  rgb {np.mean(log[-100:]):.5f}", flush=True)
-    state = {name: value.contiguous() for name, value in model.adapter.state_dict().items()}
-    save_file(state, config.out / "adapter.safetensors")
+        return {"rgb": loss.item()}
+
+    if run(config, {"model": model, "optimizer": optimizer}, step):
+        save_file(
+            {k: v.contiguous() for k, v in model.adapter.state_dict().items()}, config.out / "adapter.safetensors"
+        )
 
 
-def train_decoder(config: Config) -> None:
-    """On top of the adapter the rest learns by flow matching; exported: the average."""
-    torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
-    pairs = load_pairs(config)
-    model = PixelDecoderTransformer2DModel(**NANO).to(config.device, memory_format=torch.channels_last)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(pairs)} pictures", flush=True)
-    model.adapter.load_state_dict(load_file(config.out / "adapter.safetensors"))
-
-    # What makes the base stays as it is: the rest learns what is missing in it.
+def freeze_base(model: PixelDecoderTransformer2DModel) -> None:
+    """What makes the base stays as it is: the rest learns what is missing in it."""
     for module in (model.adapter.convs, model.adapter.aux_rgb_head):
         module.requires_grad_(False)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    optimizer = Optimizer(model, config)
+
+
+def clean(
+    model: PixelDecoderTransformer2DModel, noisy: torch.Tensor, t: torch.Tensor, batch: Crops, features: LatentFeatures
+) -> torch.Tensor:
+    """The image that the model sees at time t, (B,)."""
+    velocity = model(noisy, 1000 * t, latent_features=features, sigma=batch.sigma).sample
+    return noisy - t[:, None, None, None] * velocity.float()
+
+
+def noised(image: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(image, torch.randn_like(image), t[:, None, None, None])
+
+
+def save(model: PixelDecoderTransformer2DModel, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="14MB")
+
+
+def train_teacher(config: Config) -> None:
+    """On top of the adapter the rest learns by flow matching in x0; exported: the average."""
+    pairs, model = load_pairs(config), build(config)
+    model.adapter.load_state_dict(load_file(config.out / "adapter.safetensors"))
+    freeze_base(model)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    optimizer = Optimizer(model, 0.02)
     if config.compile:
         model.compile_repeated_blocks(dynamic=False)
-    begun, step, errors = time.time(), 0, {t: [] for t in STUDENT_TIMES[:-1]}
-    while (progress := (time.time() - begun) / (60 * config.minutes)) < 1:
-        size = rng.choices(list(SIZES), weights=[share for share, _ in SIZES.values()])[0]
-        crops, _, latents, sigma = latent_batch(pairs, size, SIZES[size][1], rng, config.device)
-        image = torch.stack([p.photo[:, 32 * y : 32 * y + size, 32 * x : 32 * x + size] for p, y, x in crops])
-        image = image.to(config.device).float() / 127.5 - 1
+
+    def step(progress: float, rng: random.Random) -> dict[str, float]:
+        batch = any_size(pairs, config, rng)
         # Half the times logit-normal, shifted as for the 1024 px pictures that crops stand for; half the sampler's.
-        t = torch.randn(len(image), device=config.device).sigmoid()
+        t = torch.randn(len(batch.image), device=config.device).sigmoid()
         t = TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
-        steps = torch.tensor(rng.choices(STUDENT_TIMES[:-1], k=len(image)), device=config.device)
-        is_step = torch.rand(len(image), device=config.device) < 0.5
-        t = torch.where(is_step, steps, t)
-        features = model.encode_latents(latents, size, size)
-        base = F.interpolate(features.aux_rgb, scale_factor=4, mode="bicubic")
-        # While sampling in few steps the network sees its own soft pictures noised, not real ones: half of either.
-        clean = torch.where(torch.rand(len(image), 1, 1, 1, device=config.device) < 0.5, base, image)
-        noisy = torch.lerp(clean, torch.randn_like(image), t[:, None, None, None])
-        velocity = model(noisy, 1000 * t, latent_features=features, sigma=sigma).sample
+        steps = t.new_tensor(rng.choices(STUDENT_TIMES[:-1], k=len(t)))
+        t = torch.where(torch.rand_like(t) < 0.5, steps, t).clamp_min(0.02)
+        with config.autocast():
+            with torch.no_grad():
+                base = larger(model.encode_latents(batch.latents, *batch.image.shape[2:]).aux_rgb)
+            features = model.encode_latents(batch.latents, *batch.image.shape[2:])
+            image = clean(model, noised(batch.image, t), t, batch, features)
         # Flow matching in x0: that of the velocity, weighted by t^2, lest the few small times rule.
-        error = noisy - t[:, None, None, None] * velocity - image
-        per_image = squared(error)
-        optimizer.step((per_image + squared(error.diff(dim=-1)) + squared(error.diff(dim=-2))).mean(), progress)
+        loss = squared(image - batch.image)
+        optimizer.step(loss.mean(), progress)
         average.update_parameters(model)
-        step += 1
-        gains = squared(base - image) / per_image.detach()
-        for time_step, gain in zip(t[is_step].tolist(), gains[is_step].tolist(), strict=True):
-            errors[min(errors, key=lambda known: abs(known - time_step))].append(10 * math.log10(gain))
-        if step % 100 == 0:
-            gain = "  ".join(f"{np.mean(e[-100:]):+.2f}" for e in errors.values() if e)
-            minutes = (time.time() - begun) / 60
-            print(f"{minutes:6.1f} min  step {step}  dB over the base at the sampler's times {gain}", flush=True)
-    shutil.rmtree(config.out / "transformer", ignore_errors=True)
-    average.module.to(torch.bfloat16).save_pretrained(config.out / "transformer", max_shard_size="14MB")
-    record = {"steps": step, "config": vars(config)}
-    (config.out / "transformer" / "training.json").write_text(json.dumps(record, default=str, indent=1))
+        gain = 10 * torch.log10(F.mse_loss(base.float(), batch.image) / F.mse_loss(image.detach(), batch.image))
+        return {"loss": loss.mean().item(), "dB over the base": gain.item()}
+
+    if run(config, {"model": model, "average": average, "optimizer": optimizer}, step):
+        save(average.module, config.out / "teacher")
+
+
+def larger(small: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(small, scale_factor=4, mode="bicubic")
+
+
+def train_student(config: Config) -> None:
+    """DMD2 (method: DMD2) with two changes for a small teacher and a short time: the discriminator reads SqueezeNet's
+    features of the image instead of the teacher's, and their distance to the photo's is a loss as well."""
+    if config.squeezenet is None:
+        raise SystemExit("student: expected --squeezenet squeezenet1_0.safetensors")
+    pairs = load_pairs(config)
+    teacher, student = (
+        PixelDecoderTransformer2DModel.from_pretrained(config.out / "teacher", torch_dtype=torch.float32)
+        .to(config.device, memory_format=torch.channels_last)
+        .train()
+        for _ in range(2)
+    )
+    fake = copy.deepcopy(teacher)
+    teacher.requires_grad_(False)
+    for model in (student, fake):
+        freeze_base(model)
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    squeezenet = SqueezeNetDistance(config.squeezenet, config.device)
+    discriminator = torch.nn.ModuleList(PixelDecoderDiscriminator(d, patch_logits=True) for d in (96, 256, 512, 512))
+    discriminator.to(config.device)
+    optimizer, fake_optimizer = Optimizer(student, 0.01, 5e-4), Optimizer(fake, 0.01, 5e-4)
+    judge = torch.optim.Adam(discriminator.parameters(), 2e-4, betas=(0.5, 0.99))
+    if config.compile:
+        for model in (student, fake, teacher):
+            model.compile_repeated_blocks(dynamic=False)
+
+    def seen(image: torch.Tensor) -> list[torch.Tensor]:
+        return [F.normalize(x, dim=1) for x in squeezenet.features(image)]
+
+    def logits(features: list[torch.Tensor]) -> torch.Tensor:
+        # Unit vectors in, about unit values out; a mean for each layer.
+        each = [head((x * x.shape[1] ** 0.5,)) for head, x in zip(discriminator, features, strict=True)]
+        return torch.cat([x.mean(dim=1, keepdim=True) for x in each], dim=1)
+
+    def step(progress: float, rng: random.Random) -> dict[str, float]:
+        batch = any_size(pairs, config, rng)
+        size, count = batch.image.shape[2:], len(batch.image)
+        with config.autocast():
+            features = student.encode_latents(batch.latents, *size)
+            # From its own samples up to a random step.
+            last, noisy = rng.choices(range(4), (4, 2, 2, 2))[0], torch.randn_like(batch.image)
+            times = [t * torch.ones(count, device=config.device) for t in STUDENT_TIMES]
+            with torch.no_grad():
+                for now, following in itertools.pairwise(times[: last + 1]):
+                    noisy = noised(clean(student, noisy, now, batch, features), following)
+            image = clean(student, noisy, times[last], batch, features)
+        with torch.no_grad():
+            real = seen(batch.image)
+        made = seen(image)
+        distance = sum((a - b).square().sum(dim=1).mean() for a, b in zip(made, real, strict=True)) / len(real)
+        terms = {"pixel": config.pixel_weight * squared(image - batch.image).mean()}
+        terms["perceptual"] = config.perceptual_weight * distance
+        if config.gan_weight:
+            terms["gan"] = min(1, 10 * progress) * config.gan_weight * losses.gan_student(logits(made))
+        if config.vsd_weight:
+            t = torch.randn(count, device=config.device).sigmoid().clamp(0.02, 0.99)
+            noisy = noised(image.detach(), t)
+            with config.autocast(), torch.no_grad():
+                x0_teacher, x0_fake = (
+                    clean(model, noisy, t, batch, model.encode_latents(batch.latents, *size))
+                    for model in (teacher, fake)
+                )
+            terms["vsd"] = config.vsd_weight * losses.vsd(image, x0_teacher, x0_fake)
+        optimizer.step(sum(terms.values()), progress)
+        average.update_parameters(student)
+        if config.gan_weight:
+            discriminator.zero_grad()
+            critic = losses.gan_discriminator(logits([x.detach() for x in made]), real_logits := logits(real))
+            perturbed = logits(seen(batch.image + 0.1 * torch.randn_like(batch.image)))
+            critic = critic + 5 * losses.approximate_r1(real_logits, perturbed)
+            critic.backward()
+            judge.step()
+            terms["discriminator"] = critic
+        if config.vsd_weight:
+            with config.autocast():
+                x0 = clean(fake, noisy, t, batch, fake.encode_latents(batch.latents, *size))
+            terms["fake_score"] = squared(x0 - image.detach()).mean()
+            fake_optimizer.step(terms["fake_score"], progress)
+        return {name: value.item() for name, value in terms.items()}
+
+    parts = {"student": student, "average": average, "optimizer": optimizer, "discriminator": discriminator}
+    if run(config, {**parts, "judge": judge, "fake": fake, "fake_optimizer": fake_optimizer}, step):
+        save(average.module, config.out / "transformer")
 
 
 class Optimizer:
     """Muon for the convolutions and the matrices of attention and MLPs, AdamW for the rest.
 
     The learning rates warm up, then fall in a line. In the minutes that a CPU has, Muon makes the difference: after
-    three of them on one core the encoder and the adapter are where AdamW alone takes them in forty.
+    three of them on one core the encoder and the adapter are where AdamW alone takes them in forty. It is written out
+    here because PyTorch's orthogonalizes in bfloat16, which takes a CPU without such instructions ten times as long as
+    everything else.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Config):
+    def __init__(self, model: torch.nn.Module, muon_learning_rate: float, learning_rate: float = 1e-3):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.weights = [p for name, p in named if p.ndim == 4 or (p.ndim == 2 and re.search(r"\.(attn|mlp)\.", name))]
-        others = [p for _, p in named if not any(p is weight for weight in self.weights)]
-        # Muon takes matrices only: views on the memory of the weights, which lie channels last.
-        self.matrices = [torch.nn.Parameter(as_matrix(weight.data)) for weight in self.weights]
-        assert all(m.data_ptr() == w.data_ptr() for m, w in zip(self.matrices, self.weights, strict=True))
-        self.muon = torch.optim.Muon(self.matrices, config.muon_learning_rate, weight_decay=0.01, momentum=0.9)
-        self.adamw = torch.optim.AdamW(others, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.steps = 0
+        self.others = [p for _, p in named if not any(p is weight for weight in self.weights)]
+        self.momenta = [torch.zeros_like(weight) for weight in self.weights]
+        self.adamw = torch.optim.AdamW(self.others, learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.steps, self.rates = 0, (muon_learning_rate, learning_rate)
 
     def step(self, loss: torch.Tensor, progress: float) -> None:
-        """Progress of the run is in [0, 1)."""
+        """Progress of the stage is in [0, 1)."""
         self.steps += 1
-        for optimizer in (self.muon, self.adamw):
-            for group in optimizer.param_groups:
-                group.setdefault("full_lr", group["lr"])
-                group["lr"] = group["full_lr"] * min(1, self.steps / 50) * (1 - 0.95 * progress)
+        muon_rate, rate = (rate * min(1, self.steps / 50) * (1 - 0.95 * progress) for rate in self.rates)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*self.weights, *self.adamw.param_groups[0]["params"]], 1.0)
-        for matrix, weight in zip(self.matrices, self.weights, strict=True):
-            matrix.grad, weight.grad = as_matrix(weight.grad), None
-        for optimizer in (self.muon, self.adamw):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_([*self.weights, *self.others], 1.0)
+        self.adamw.param_groups[0]["lr"] = rate
+        self.adamw.step()
+        with torch.no_grad():
+            for weight, momentum in zip(self.weights, self.momenta, strict=True):
+                momentum.lerp_(weight.grad, 0.1)
+                update = orthogonal(weight.grad.lerp(momentum, 0.9).flatten(1)).reshape(weight.shape)
+                weight.mul_(1 - 0.01 * muon_rate)
+                weight.sub_(update, alpha=muon_rate * max(1, len(weight) / weight[0].numel()) ** 0.5)
+        for weight in (*self.weights, *self.others):
+            weight.grad = None
+
+    def state_dict(self) -> dict:
+        return {"momenta": self.momenta, "adamw": self.adamw.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        for momentum, saved in zip(self.momenta, state["momenta"], strict=True):
+            momentum.copy_(saved)
+        self.adamw.load_state_dict(state["adamw"])
+        self.steps = state["steps"]
 
 
-def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    return weight if weight.ndim == 2 else weight.movedim(1, -1).flatten(1)
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix with singular values of about 1, by Muon's quintic Newton-Schulz iteration."""
+    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
+    x = x.float() if x.device.type == "cpu" else x.bfloat16()
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
 
 
 SAMPLES = {"budgie": "13_budgie-branch.jpg", "face": "kodim15.png", "sign": "10_kait-herzog-8242.jpg"}
@@ -378,13 +541,15 @@ def bundle(config: Config) -> None:
         save_file({"latents": latents.contiguous()}, folder / f"{name}.safetensors")
 
 
+STAGES = {
+    "encoder": train_encoder,
+    "adapter": train_adapter,
+    "teacher": train_teacher,
+    "student": train_student,
+    "bundle": bundle,
+    "baseline": baseline,
+}
+
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
-    stages = {
-        "encoder": train_encoder,
-        "adapter": train_adapter,
-        "decoder": train_decoder,
-        "bundle": bundle,
-        "baseline": baseline,
-    }
-    stages[config.stage](config)
+    STAGES[config.stage](config)

@@ -57,7 +57,8 @@ class RandomConditions:
     def __call__(self, batch: Batch, *_, **__) -> degrade.Condition:
         count, _, height, width = batch.image.shape
         network, cell = self.network, self.network.scale * self.network.latent_downscale_factor
-        embeds = torch.zeros(count, 300, network.text_embed_dim, device=self.device)
+        text = network.text_embed_dim
+        embeds = None if text is None else torch.zeros(count, 300, text, device=self.device)
         return degrade.Condition(
             latents=torch.randn(count, network.latent_channels, height // cell, width // cell, device=self.device),
             sigma=torch.full((count,), 0.4, device=self.device),
@@ -93,14 +94,11 @@ class Counter(TorchDispatchMode):
 def main(config: Config) -> None:
     if config.measure and not torch.cuda.is_available():
         raise SystemExit("--measure: expected a CUDA device")
-    if not config.measure:
-        torch.nn.Module._apply = apply_by_replacing
-    distill.Conditions = teacher.Conditions = RandomConditions
     device = torch.cuda.get_device_name() if config.measure else "counted"
     print(f"| stage ({device}, torch {torch.__version__}) | resolution | peak memory | samples/s |\n|---|---|---|---|")
     for name in config.runs:
         for resolution in config.resolutions:
-            peak, rate = one(config, RUNS[name], resolution)
+            peak, rate = one(replace(RUNS[name], batch_size=1, micro_batch_size=1), resolution, config)
             print(f"| {name} | {resolution} px | {peak / 1e9:.1f} GB | {rate} |", flush=True)
 
 
@@ -116,20 +114,26 @@ def apply_by_replacing(module: torch.nn.Module, function, recurse: bool = True) 
     return module
 
 
-def one(config: Config, run: Teacher | Student, resolution: int) -> tuple[int, str]:
-    """Peak bytes and samples per second of one stage, a sample at a time."""
+def one(run: Teacher | Student, resolution: int, config: Config) -> tuple[int, str]:
+    """Peak bytes and samples per second of one stage, a micro-batch at a time; of the full network if none is given."""
+    # Random weights serve, and initialising 1.4 G of them on a CPU takes longer than the measurement.
+    torch.nn.init.trunc_normal_ = lambda tensor, **_: tensor
+    distill.Conditions = teacher.Conditions = RandomConditions
+    if not config.measure:
+        torch.nn.Module._apply = apply_by_replacing
     accelerator = Accelerator(cpu=not config.measure)
     fake = nullcontext() if config.measure else FakeTensorMode(allow_non_fake_inputs=True)
     counter = nullcontext() if config.measure else Counter()
     with TemporaryDirectory() as folder, fake, counter:
-        architecture = Path(folder) / "architecture.yaml"
-        architecture.write_text(yaml.safe_dump(dict(PRESET.config)))
-        run = replace(run, architecture=architecture, batch_size=1, micro_batch_size=1)
+        if run.architecture is None:
+            run = replace(run, architecture=Path(folder) / "architecture.yaml")
+            run.architecture.write_text(yaml.safe_dump(dict(PRESET.config)))
+        count = run.micro_batch_size
         kind = distill.StudentStage if isinstance(run, Student) else teacher.TeacherStage
         stage = kind(run, accelerator)
         average = Average(stage.model, run.ema_decay)
-        image = torch.zeros(1, 3, resolution, resolution, device=accelerator.device)
-        batch = Batch(image=image, captions=[""], names=[""], samples=[0], position=0)
+        image = torch.zeros(count, 3, resolution, resolution, device=accelerator.device)
+        batch = Batch(image=image, captions=[""] * count, names=[""] * count, samples=list(range(count)), position=0)
         if not config.measure:
             # What `update` does, without looking at the values of losses, which are not there.
             updates = [(stage.losses, ["network"])] if isinstance(stage, teacher.TeacherStage) else []
@@ -149,7 +153,7 @@ def one(config: Config, run: Teacher | Student, resolution: int) -> tuple[int, s
             stage.update([batch], step)
             average.update(step)
         torch.cuda.synchronize()
-    rate = config.updates / (time.time() - begun)
+    rate = count * config.updates / (time.time() - begun)
     peak = torch.cuda.max_memory_allocated()
     del stage, average
     torch.cuda.empty_cache()
@@ -158,6 +162,4 @@ def one(config: Config, run: Teacher | Student, resolution: int) -> tuple[int, s
 
 
 if __name__ == "__main__":
-    # Random weights serve, and initialising 1.4 G of them on a CPU takes longer than the measurement.
-    torch.nn.init.trunc_normal_ = lambda tensor, **_: tensor
     main(tyro.cli(Config, description=__doc__))

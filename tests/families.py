@@ -22,6 +22,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -225,3 +226,32 @@ def build(name: str):
     if name == "FLUX.2-klein":
         kwargs["text_encoder_out_layers"] = (1, 2, 3)
     return pipe, kwargs
+
+
+class Fire(nn.Module):
+    def __init__(self, inputs: int, squeeze: int, expand: int):
+        super().__init__()
+        self.squeeze = nn.Conv2d(inputs, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x):
+        x = self.squeeze(x).relu()
+        return torch.cat([self.expand1x1(x), self.expand3x3(x)], 1).relu()
+
+
+def pool():
+    return nn.MaxPool2d(3, stride=2, ceil_mode=True)
+
+
+class SqueezeNet(nn.Module):
+    """torchvision's `squeezenet1_0`, without the classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 96, 7, stride=2), nn.ReLU(), pool(),
+            Fire(96, 16, 64), Fire(128, 16, 64), Fire(128, 32, 128), pool(),
+            Fire(256, 32, 128), Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), pool(),
+            Fire(512, 64, 256),
+        )  # fmt: skip

@@ -12,6 +12,7 @@ from skimage import color
 from skimage import metrics as reference
 from torch import nn
 
+from families import SqueezeNet
 from pixeldecoder.evaluation.metrics import (
     LPIPS,
     METRICS,
@@ -25,35 +26,6 @@ from pixeldecoder.evaluation.metrics import (
 )
 from pixeldecoder.files import to_tensor
 from pixeldecoder.pipeline import NANO
-
-
-class Fire(nn.Module):
-    def __init__(self, inputs: int, squeeze: int, expand: int):
-        super().__init__()
-        self.squeeze = nn.Conv2d(inputs, squeeze, 1)
-        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
-        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
-
-    def forward(self, x):
-        x = self.squeeze(x).relu()
-        return torch.cat([self.expand1x1(x), self.expand3x3(x)], 1).relu()
-
-
-def pool():
-    return nn.MaxPool2d(3, stride=2, ceil_mode=True)
-
-
-class SqueezeNet(nn.Module):
-    """torchvision's `squeezenet1_0`, without the classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 96, 7, stride=2), nn.ReLU(), pool(),
-            Fire(96, 16, 64), Fire(128, 16, 64), Fire(128, 32, 128), pool(),
-            Fire(256, 32, 128), Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), pool(),
-            Fire(512, 64, 256),
-        )  # fmt: skip
 
 
 def test_distance(tmp_path):

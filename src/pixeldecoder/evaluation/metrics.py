@@ -240,16 +240,17 @@ class SqueezeNetDistance:
         self.weights = {name: tensor.float().to(device) for name, tensor in load_file(path).items()}
         self.mean = torch.tensor([104.0, 117.0, 123.0], device=device)[:, None, None]
 
+    @torch.no_grad()
     def __call__(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1], twice -> (B,)."""
         distances = []
-        for a, b in zip(self._features(image), self._features(truth), strict=True):
+        for a, b in zip(self.features(image), self.features(truth), strict=True):
             a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
             distances.append((a - b).square().sum(dim=1).mean(dim=(1, 2)))
         return torch.stack(distances).mean(dim=0)
 
-    @torch.no_grad()
-    def _features(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> the four layers' (B, C, h, w), with gradient if the image has one."""
         x = ((image.float() + 1) * 127.5).flip(1) - self.mean  # blue, green, red, as it was trained
         x = self._conv("features.0", x, stride=2)
         found = [x]
