@@ -312,15 +312,19 @@ def train_adapter(config: Config) -> None:
         return {"rgb": loss.item()}
 
     if run(config, {"model": model, "optimizer": optimizer}, step):
-        save_file(
-            {k: v.contiguous() for k, v in model.adapter.state_dict().items()}, config.out / "adapter.safetensors"
-        )
+        state = {
+            name: value.contiguous() for name, value in model.adapter.state_dict().items() if name.startswith(BASE)
+        }
+        save_file(state, config.out / "base.safetensors")
+
+
+BASE = ("convs.", "aux_rgb_head.")
+"""The adapter's parts that make the base. It stays as it is later: the rest learns what is missing in it."""
 
 
 def freeze_base(model: PixelDecoderTransformer2DModel) -> None:
-    """What makes the base stays as it is: the rest learns what is missing in it."""
-    for module in (model.adapter.convs, model.adapter.aux_rgb_head):
-        module.requires_grad_(False)
+    for name, parameter in model.adapter.named_parameters():
+        parameter.requires_grad_(not name.startswith(BASE))
 
 
 def clean(
@@ -343,7 +347,7 @@ def save(model: PixelDecoderTransformer2DModel, folder: Path) -> None:
 def train_teacher(config: Config) -> None:
     """On top of the adapter the rest learns by flow matching in x0; exported: the average."""
     pairs, model = load_pairs(config), build(config)
-    model.adapter.load_state_dict(load_file(config.out / "adapter.safetensors"))
+    model.adapter.load_state_dict(load_file(config.out / "base.safetensors"), strict=False)
     freeze_base(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = Optimizer(model, 0.02)
@@ -358,9 +362,8 @@ def train_teacher(config: Config) -> None:
         steps = t.new_tensor(rng.choices(STUDENT_TIMES[:-1], k=len(t)))
         t = torch.where(torch.rand_like(t) < 0.5, steps, t).clamp_min(0.02)
         with config.autocast():
-            with torch.no_grad():
-                base = larger(model.encode_latents(batch.latents, *batch.image.shape[2:]).aux_rgb)
-            features = model.encode_latents(batch.latents, *batch.image.shape[2:])
+            features = model.encode_latents(batch.latents, *batch.image.shape[2:], return_aux_rgb=True)
+            base = F.interpolate(features.aux_rgb, scale_factor=4, mode="bicubic")
             image = clean(model, noised(batch.image, t), t, batch, features)
         # Flow matching in x0: that of the velocity, weighted by t^2, lest the few small times rule.
         loss = squared(image - batch.image)
@@ -371,10 +374,6 @@ def train_teacher(config: Config) -> None:
 
     if run(config, {"model": model, "average": average, "optimizer": optimizer}, step):
         save(average.module, config.out / "teacher")
-
-
-def larger(small: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(small, scale_factor=4, mode="bicubic")
 
 
 def train_student(config: Config) -> None:

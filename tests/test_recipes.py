@@ -74,9 +74,9 @@ def test_nano(nano, photos, tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(taef1.parameters(), loaded.parameters(), strict=True))
     run("encoder", minutes=1e-4)
     run("adapter", minutes=math.inf, piece=1e-4)
-    assert not (tmp_path / "out" / "adapter.safetensors").exists()  # goes on where it was
+    assert not (tmp_path / "out" / "base.safetensors").exists()  # goes on where it was
     run("adapter", minutes=1e-4)
-    assert "from step 1," in capsys.readouterr().out and (tmp_path / "out" / "adapter.safetensors").exists()
+    assert "from step 1," in capsys.readouterr().out and (tmp_path / "out" / "base.safetensors").exists()
     run("teacher", minutes=1e-4)
     run("student", minutes=1e-4, piece=0)
     run("student", minutes=1e-4)
