@@ -6,8 +6,9 @@ PIP = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 demo: .venv/installed
 	.venv/bin/pixeldecoder demo
 
+# The networks are tiny: a process for each core, not a thread.
 test: .venv/installed-test check
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist worksteal
 
 test-slow: .venv/installed-test
 	.venv/bin/pytest -m slow

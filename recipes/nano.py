@@ -396,7 +396,7 @@ def train_student(config: Config) -> None:
     squeezenet = SqueezeNetDistance(config.squeezenet, config.device)
     discriminator = torch.nn.ModuleList(PixelDecoderDiscriminator(d, patch_logits=True) for d in (96, 256, 512, 512))
     discriminator.to(config.device)
-    optimizer, fake_optimizer = Optimizer(student, 0.01, 5e-4), Optimizer(fake, 0.01, 5e-4)
+    optimizer, fake_optimizer = Optimizer(student, 0.02), Optimizer(fake, 0.02)
     judge = torch.optim.Adam(discriminator.parameters(), 2e-4, betas=(0.5, 0.99))
     if config.compile:
         for model in (student, fake, teacher):

@@ -160,7 +160,10 @@ def test_two_processes(parts, finished, tmp_path):
         "--dtype", "float32", *common(parts), "--steps", 1, 2, "--as-if-clean",
     ]  # fmt: skip
     result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert {path.name for path in output.glob("rows-*.jsonl")} == {"rows-0.jsonl", "rows-1.jsonl"}
