@@ -1,19 +1,14 @@
 """Photos in, the bundled nano weights out, one command for each stage:
 
     python recipes/nano.py encoder --data TRAIN --minutes 8
-    python recipes/nano.py adapter --data TRAIN --minutes 30
-    python recipes/nano.py teacher --data TRAIN --minutes 25
-    python recipes/nano.py student --data TRAIN --minutes 45
+    python recipes/nano.py adapter --data TRAIN --minutes 44
+    python recipes/nano.py teacher --data TRAIN --minutes 12
+    python recipes/nano.py student --data TRAIN --minutes 34 --squeezenet squeezenet1_0.safetensors
     python recipes/nano.py bundle --data EVAL
 
 each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`, and goes on from its own checkpoint
-when it is called again, so that `--piece 9` cuts a stage into calls of nine minutes. On a GPU 3, 4, 8 and 10 minutes
-do more than those above on two CPU cores. What came of it is measured by
-
-    python recipes/nano.py baseline
-    pixeldecoder evaluate EVAL --crop 512 --baselines bicubic vae --vae outputs/nano/taef1
-
-What was tried and left out is told in docs/nano.md.
+when it is called again, so that `--piece 9` cuts a stage into calls of nine minutes. `baseline` writes TAEF1 as a
+folder to evaluate against. What came of it, what was tried, and the minutes meant for a GPU are told in docs/nano.md.
 """
 
 import copy
@@ -48,6 +43,8 @@ from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import NANO as NANO_FOLDER
 from pixeldecoder.pipeline import STUDENT_TIMES, PixelDecoderPipeline
 from pixeldecoder.training import losses
+from pixeldecoder.training.degrade import noised, shrink
+from pixeldecoder.training.parts import autocast
 
 
 @dataclass(kw_only=True)
@@ -84,7 +81,7 @@ class Config:
 
     def autocast(self) -> torch.autocast:
         """bfloat16 on a GPU; most CPUs are slower in it."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu")
+        return autocast(torch.device(self.device), self.device != "cpu")
 
 
 def load_taef1(path: Path) -> AutoencoderTiny:
@@ -117,11 +114,6 @@ def load_photos(folder: Path) -> list[torch.Tensor]:
     return photos
 
 
-def downscale(image: torch.Tensor, factor: int) -> torch.Tensor:
-    """Bicubic, antialiased, clamped (method: LQ image)."""
-    return F.interpolate(image, scale_factor=1 / factor, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
 @dataclass
 class Pair:
     """One photo, or its mirror image, with the latents of its 4x smaller self."""
@@ -146,14 +138,14 @@ def load_pairs(config: Config) -> list[Pair]:
         photos += [crop.contiguous(), crop.flip(-1)]
     cache = config.out / ("encoder_pairs.pt" if config.stage == "encoder" else "pairs.pt")
     known = torch.load(cache, weights_only=True) if cache.exists() else []
-    if len(known) != len(photos):
+    if [small.shape for small, *_ in known] != [(3, p.shape[1] // 4, p.shape[2] // 4) for p in photos]:
         taef1 = load_taef1(config.taef1).to(config.device).to(memory_format=torch.channels_last)
         encoder = taef1.encoder
         if config.stage != "encoder":
             encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
         known = []
         for index, photo in enumerate(photos):
-            small = downscale(photo[None].float() / 127.5 - 1, 4)
+            small = shrink(photo[None].float() / 127.5 - 1, 4)
             known.append(tuple(x[0].half().cpu() for x in (small, taef1.encoder(small), encoder(small))))
             if index % 200 == 0:
                 print(f"latents of picture {index} of {len(photos)}", flush=True)
@@ -227,6 +219,7 @@ def train_encoder(config: Config) -> None:
 
     if run(config, {"model": model, "optimizer": optimizer}, step):
         model.to(torch.bfloat16).save_pretrained(config.out / "encoder")
+        (config.out / "pairs.pt").unlink(missing_ok=True)  # of an earlier encoder
 
 
 NANO = dict(
@@ -284,8 +277,7 @@ def crops(pairs: list[Pair], size: int, batch: int, rng: random.Random) -> Crops
     latents = latents.float()
     # Noising (method: Training): with probability .75 sigma ~ U(0, .8), else clean.
     sigma = torch.rand(batch, device=latents.device) * 0.8 * (torch.rand(batch, device=latents.device) < 0.75)
-    noisy = torch.lerp(latents, torch.randn_like(latents), sigma[:, None, None, None])
-    return Crops(image.float() / 127.5 - 1, small.float(), noisy, sigma)
+    return Crops(image.float() / 127.5 - 1, small.float(), noised(latents, torch.randn_like(latents), sigma), sigma)
 
 
 def any_size(pairs: list[Pair], config: Config, rng: random.Random) -> Crops:
@@ -335,10 +327,6 @@ def clean(
     return noisy - t[:, None, None, None] * velocity.float()
 
 
-def noised(image: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return torch.lerp(image, torch.randn_like(image), t[:, None, None, None])
-
-
 def save(model: PixelDecoderTransformer2DModel, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="14MB")
@@ -364,7 +352,7 @@ def train_teacher(config: Config) -> None:
         with config.autocast():
             features = model.encode_latents(batch.latents, *batch.image.shape[2:], return_aux_rgb=True)
             base = F.interpolate(features.aux_rgb, scale_factor=4, mode="bicubic")
-            image = clean(model, noised(batch.image, t), t, batch, features)
+            image = clean(model, noised(batch.image, torch.randn_like(batch.image), t), t, batch, features)
         # Flow matching in x0: that of the velocity, weighted by t^2, lest the few small times rule.
         loss = squared(image - batch.image)
         optimizer.step(loss.mean(), progress)
@@ -420,7 +408,8 @@ def train_student(config: Config) -> None:
             times = [t * torch.ones(count, device=config.device) for t in STUDENT_TIMES]
             with torch.no_grad():
                 for now, following in itertools.pairwise(times[: last + 1]):
-                    noisy = noised(clean(student, noisy, now, batch, features), following)
+                    made = clean(student, noisy, now, batch, features)
+                    noisy = noised(made, torch.randn_like(made), following)
             image = clean(student, noisy, times[last], batch, features)
         with torch.no_grad():
             real = seen(batch.image)
@@ -432,7 +421,7 @@ def train_student(config: Config) -> None:
             terms["gan"] = min(1, 10 * progress) * config.gan_weight * losses.gan_student(logits(made))
         if config.vsd_weight:
             t = torch.randn(count, device=config.device).sigmoid().clamp(0.02, 0.99)
-            noisy = noised(image.detach(), t)
+            noisy = noised(image.detach(), torch.randn_like(image), t)
             with config.autocast(), torch.no_grad():
                 x0_teacher, x0_fake = (
                     clean(model, noisy, t, batch, model.encode_latents(batch.latents, *size))
@@ -536,7 +525,7 @@ def bundle(config: Config) -> None:
         left, top = CROPS[name]
         photo = Image.open(config.data / file).convert("RGB").crop((left, top, left + 512, top + 512))
         photo.save(folder / f"{name}.webp", quality=95)
-        latents = pipeline.encode_image(downscale(to_tensor(Image.open(folder / f"{name}.webp")), 4))
+        latents = pipeline.encode_image(shrink(to_tensor(Image.open(folder / f"{name}.webp")), 4))
         save_file({"latents": latents.contiguous()}, folder / f"{name}.safetensors")
 
 

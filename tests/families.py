@@ -1,4 +1,4 @@
-"""Every latent diffusion pipeline that the tests run: diffusers' own classes on tiny random components."""
+"""Every latent diffusion pipeline that the tests run: diffusers' own classes on tiny random components; SqueezeNet."""
 
 import torch
 from diffusers import (
