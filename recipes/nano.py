@@ -4,6 +4,7 @@
     python recipes/nano.py adapter --data TRAIN --minutes 44
     python recipes/nano.py teacher --data TRAIN --minutes 12
     python recipes/nano.py student --data TRAIN --minutes 34 --squeezenet squeezenet1_0.safetensors
+    python recipes/nano.py polish --data TRAIN --minutes 84 --squeezenet squeezenet1_0.safetensors
     python recipes/nano.py bundle --data EVAL
 
 each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`, and goes on from its own checkpoint
@@ -51,7 +52,7 @@ from pixeldecoder.training.parts import autocast
 class Config:
     """One training run."""
 
-    stage: tyro.conf.Positional[Literal["encoder", "adapter", "teacher", "student", "bundle", "baseline"]]
+    stage: tyro.conf.Positional[Literal["encoder", "adapter", "teacher", "student", "polish", "bundle", "baseline"]]
     data: Path = Path()
     """Folder of photos: to train on, or, to bundle, those of EVAL."""
     taef1: Path
@@ -275,8 +276,8 @@ def crops(pairs: list[Pair], size: int, batch: int, rng: random.Random) -> Crops
     small = torch.stack([p.small[:, 8 * y : 8 * y + size // 4, 8 * x : 8 * x + size // 4] for p, y, x in drawn])
     latents = torch.stack([rng.choice((p.latents, p.own))[:, y : y + cells, x : x + cells] for p, y, x in drawn])
     latents = latents.float()
-    # Noising (method: Training): with probability .75 sigma ~ U(0, .8), else clean.
-    sigma = torch.rand(batch, device=latents.device) * 0.8 * (torch.rand(batch, device=latents.device) < 0.75)
+    # Noising (method: Training), but half of the latents are clean: the base, which nobody tells sigma, pays for noise.
+    sigma = torch.rand(batch, device=latents.device) * 0.8 * (torch.rand(batch, device=latents.device) < 0.5)
     return Crops(image.float() / 127.5 - 1, small.float(), noised(latents, torch.randn_like(latents), sigma), sigma)
 
 
@@ -285,9 +286,13 @@ def any_size(pairs: list[Pair], config: Config, rng: random.Random) -> Crops:
     return crops(pairs, size, max(1, round(config.crops * SIZES[size][1])), rng)
 
 
-def squared(error: torch.Tensor) -> torch.Tensor:
-    """Mean square of each image, (B,), and of its neighbours' differences, for edges and seams."""
-    return sum(x.square().mean(dim=(1, 2, 3)) for x in (error, error.diff(dim=-1), error.diff(dim=-2)))
+def squared(error: torch.Tensor, patch: int = 16) -> torch.Tensor:
+    """Mean square of each image, (B,), of its neighbours' differences, for edges, of those across patch borders, for
+    seams, and of the means of patches, for colour."""
+    across, down = error.diff(dim=-1), error.diff(dim=-2)
+    seams = across[..., patch - 1 :: patch], down[..., patch - 1 :: patch, :]
+    terms = (error, across, down, *seams, 2 * F.avg_pool2d(error, patch))
+    return sum(x.square().mean(dim=(1, 2, 3)) for x in terms)
 
 
 def train_adapter(config: Config) -> None:
@@ -299,7 +304,7 @@ def train_adapter(config: Config) -> None:
         batch = crops(pairs, 256, config.crops, rng)
         with config.autocast():
             prediction = model.encode_latents(batch.latents, 256, 256).aux_rgb
-        loss = ((1 - batch.sigma) * squared(prediction.float() - batch.small)).mean()
+        loss = ((1 - batch.sigma) * squared(prediction.float() - batch.small, 4)).mean()
         optimizer.step(loss, progress)
         return {"rgb": loss.item()}
 
@@ -311,7 +316,7 @@ def train_adapter(config: Config) -> None:
 
 
 BASE = ("convs.", "aux_rgb_head.")
-"""The adapter's parts that make the base. It stays as it is later: the rest learns what is missing in it."""
+"""The adapter's parts that make the base. It stays as it is until it is polished: the rest learns what is missing."""
 
 
 def freeze_base(model: PixelDecoderTransformer2DModel) -> None:
@@ -366,7 +371,9 @@ def train_teacher(config: Config) -> None:
 
 def train_student(config: Config) -> None:
     """DMD2 (method: DMD2) with two changes for a small teacher and a short time: the discriminator reads SqueezeNet's
-    features of the image instead of the teacher's, and their distance to the photo's is a loss as well."""
+    features of the image instead of the teacher's, and their distance to the photo's is a loss as well.
+
+    `student` starts from the teacher and leaves the base as it is; `polish` goes on from there and trains that, too."""
     if config.squeezenet is None:
         raise SystemExit("student: expected --squeezenet squeezenet1_0.safetensors")
     pairs = load_pairs(config)
@@ -378,8 +385,12 @@ def train_student(config: Config) -> None:
     )
     fake = copy.deepcopy(teacher)
     teacher.requires_grad_(False)
-    for model in (student, fake):
-        freeze_base(model)
+    freeze_base(fake)
+    if config.stage == "student":
+        freeze_base(student)
+    else:
+        trained = torch.load(config.out / "student.pt", map_location=config.device, weights_only=True)
+        student.load_state_dict(trained["parts"]["student"])
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     squeezenet = SqueezeNetDistance(config.squeezenet, config.device)
     discriminator = torch.nn.ModuleList(PixelDecoderDiscriminator(d, patch_logits=True) for d in (96, 256, 512, 512))
@@ -411,9 +422,11 @@ def train_student(config: Config) -> None:
                     made = clean(student, noisy, now, batch, features)
                     noisy = noised(made, torch.randn_like(made), following)
             image = clean(student, noisy, times[last], batch, features)
+        # Patches and SqueezeNet's strides of 16 px would always meet in the same way, which it can be fooled by.
+        top, left = rng.randrange(16), rng.randrange(16)
         with torch.no_grad():
-            real = seen(batch.image)
-        made = seen(image)
+            real = seen(batch.image[..., top:, left:])
+        made = seen(image[..., top:, left:])
         distance = sum((a - b).square().sum(dim=1).mean() for a, b in zip(made, real, strict=True)) / len(real)
         terms = {"pixel": config.pixel_weight * squared(image - batch.image).mean()}
         terms["perceptual"] = config.perceptual_weight * distance
@@ -433,7 +446,8 @@ def train_student(config: Config) -> None:
         if config.gan_weight:
             discriminator.zero_grad()
             critic = losses.gan_discriminator(logits([x.detach() for x in made]), real_logits := logits(real))
-            perturbed = logits(seen(batch.image + 0.1 * torch.randn_like(batch.image)))
+            shifted = batch.image[..., top:, left:]
+            perturbed = logits(seen(shifted + 0.1 * torch.randn_like(shifted)))
             critic = critic + 5 * losses.approximate_r1(real_logits, perturbed)
             critic.backward()
             judge.step()
@@ -447,7 +461,7 @@ def train_student(config: Config) -> None:
 
     parts = {"student": student, "average": average, "optimizer": optimizer, "discriminator": discriminator}
     if run(config, {**parts, "judge": judge, "fake": fake, "fake_optimizer": fake_optimizer}, step):
-        save(average.module, config.out / "transformer")
+        save(average.module, config.out / ("student" if config.stage == "student" else "transformer"))
 
 
 class Optimizer:
@@ -517,6 +531,8 @@ def bundle(config: Config) -> None:
     pipeline = PixelDecoderPipeline(
         transformer, FlowMatchLCMScheduler(shift=1.0), encoder=encoder, latent_space="flux", trained_size=max(SIZES)
     )
+    for part in ("transformer", "encoder"):
+        shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
     pipeline = PixelDecoderPipeline.from_pretrained("nano")
     folder = NANO_FOLDER / "samples"
@@ -534,6 +550,7 @@ STAGES = {
     "adapter": train_adapter,
     "teacher": train_teacher,
     "student": train_student,
+    "polish": train_student,
     "bundle": bundle,
     "baseline": baseline,
 }

@@ -83,14 +83,16 @@ def test_nano(nano, photos, tmp_path, capsys):
     run("student", minutes=1e-4)
     state = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
     assert state["step"] >= 1 and state["minutes"] >= 1e-4
-    teacher, student, fake = (
-        PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "out" / "teacher").state_dict(),
-        PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer").state_dict(),
-        state["parts"]["fake"],
+    run("polish", minutes=1e-4)
+    teacher, student, polished = (
+        PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "out" / folder).state_dict()
+        for folder in ("teacher", "student", "transformer")
     )
+    fake = state["parts"]["fake"]
     moved = {name for name in teacher if not torch.equal(teacher[name], student[name])}
     base = {name for name in teacher if name.startswith(("adapter.convs.", "adapter.aux_rgb_head."))}
     assert moved and base and not moved & base  # the base stays as it is
+    assert base <= {name for name in teacher if not torch.equal(student[name], polished[name])}  # until it is polished
     assert any(not torch.equal(teacher[name], fake[name].bfloat16()) for name in moved)
 
 

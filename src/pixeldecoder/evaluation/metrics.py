@@ -252,6 +252,7 @@ class SqueezeNetDistance:
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         """(B, 3, H, W) in [-1, 1] -> the four layers' (B, C, h, w), with gradient if the image has one."""
         x = ((image.float() + 1) * 127.5).flip(1) - self.mean  # blue, green, red, as it was trained
+        x = x.contiguous(memory_format=torch.channels_last)  # a third less time on a CPU
         x = self._conv("features.0", x, stride=2)
         found = [x]
         for layer in range(2, 13):
