@@ -92,7 +92,7 @@ def test_nano(nano, photos, tmp_path, capsys):
     moved = {name for name in teacher if not torch.equal(teacher[name], student[name])}
     base = {name for name in teacher if name.startswith(("adapter.convs.", "adapter.aux_rgb_head."))}
     assert moved and base and not moved & base  # the base stays as it is
-    assert base <= {name for name in teacher if not torch.equal(student[name], polished[name])}  # until it is polished
+    assert {name for name in base if not torch.equal(student[name], polished[name])}  # until it is polished
     assert any(not torch.equal(teacher[name], fake[name].bfloat16()) for name in moved)
 
 

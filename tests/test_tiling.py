@@ -96,13 +96,13 @@ def decoded():
 def test_tiles_look_like_the_whole(decoded):
     whole, tiled = decoded
     psnr = -10 * np.log10(((whole - tiled) ** 2).mean())
-    assert 35 < psnr < 60  # 60: no tiles would have been used
+    assert 35 < psnr < 90  # 90: no tiles would have been used
 
 
 def test_no_seam_is_seen(decoded):
     """What tiles change has no edges where tiles begin and end, nor in the middle of what they share."""
     whole, tiled = decoded
-    tiles = cut(768, 1024, 512, 64, 8)
+    tiles = cut(768, 1024, 512, 64, 16)
     assert len(tiles) == 6
     for axis, starts, length in (0, tiles.tops, tiles.height), (1, tiles.lefts, tiles.width):
         change = np.abs(np.diff(tiled - whole, axis=axis)).mean(axis=(1 - axis, 2))
@@ -111,7 +111,7 @@ def test_no_seam_is_seen(decoded):
         at = np.array([x - 1 for x in borders])
         assert len(at) >= 2
         away = np.abs(np.arange(len(gradient))[:, None] - at).min(axis=1) > 8
-        same_phase = away & ((np.arange(len(gradient)) + 1) % 8 == 0)  # patch borders, as tile borders are
+        same_phase = away & ((np.arange(len(gradient)) + 1) % 16 == 0)  # patch borders, as tile borders are
         assert gradient[at].mean() < 1.25 * gradient[same_phase].mean()
         assert change[at].mean() < 0.25 * gradient[at].mean()
 
