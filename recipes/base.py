@@ -19,33 +19,20 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from nano import NANO
 
 from pixeldecoder.training.config import Data, Optimizer, Run, Student, Teacher
 from pixeldecoder.training.loop import train
 
-NETWORK = dict(
-    patch_size=16,
+NETWORK = NANO | dict(
     num_layers=8,
     num_attention_heads=10,
-    attention_head_dim=64,
     num_pixel_layers=2,
-    pixel_dim=8,
     num_pixel_attention_heads=8,
     pixel_attention_head_dim=64,
-    text_embed_dim=None,
-    latent_channels=16,
-    latent_downscale_factor=8,
-    scale=4,
     adapter_dim=320,
     num_adapter_layers=6,
-    adapter_padding_mode="replicate",
     injection_interval=2,
-    per_channel_gate=False,
-    inject_pixels=True,
-    aux_rgb=True,
-    aux_rgb_base=True,
-    prediction_type="sample",
-    rope_reference_size=512,
 )
 
 

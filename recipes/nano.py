@@ -375,7 +375,7 @@ def train_student(config: Config) -> None:
 
     `student` starts from the teacher and leaves the base as it is; `polish` goes on from there and trains that, too."""
     if config.squeezenet is None:
-        raise SystemExit("student: expected --squeezenet squeezenet1_0.safetensors")
+        raise SystemExit(f"{config.stage}: expected --squeezenet squeezenet1_0.safetensors")
     pairs = load_pairs(config)
     teacher, student = (
         PixelDecoderTransformer2DModel.from_pretrained(config.out / "teacher", torch_dtype=torch.float32)
@@ -389,6 +389,8 @@ def train_student(config: Config) -> None:
     if config.stage == "student":
         freeze_base(student)
     else:
+        if not (config.out / "student.pt").exists():
+            raise SystemExit(f"polish: no student.pt in {config.out}; run the student's stage first")
         trained = torch.load(config.out / "student.pt", map_location=config.device, weights_only=True)
         student.load_state_dict(trained["parts"]["student"])
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.995))
@@ -400,9 +402,6 @@ def train_student(config: Config) -> None:
     if config.compile:
         for model in (student, fake, teacher):
             model.compile_repeated_blocks(dynamic=False)
-
-    def seen(image: torch.Tensor) -> list[torch.Tensor]:
-        return [F.normalize(x, dim=1) for x in squeezenet.features(image)]
 
     def logits(features: list[torch.Tensor]) -> torch.Tensor:
         # Unit vectors in, about unit values out; a mean for each layer.
@@ -425,11 +424,10 @@ def train_student(config: Config) -> None:
         # Patches and SqueezeNet's strides of 16 px would always meet in the same way, which it can be fooled by.
         top, left = rng.randrange(16), rng.randrange(16)
         with torch.no_grad():
-            real = seen(batch.image[..., top:, left:])
-        made = seen(image[..., top:, left:])
-        distance = sum((a - b).square().sum(dim=1).mean() for a, b in zip(made, real, strict=True)) / len(real)
+            real = squeezenet.features(batch.image[..., top:, left:])
+        made = squeezenet.features(image[..., top:, left:])
         terms = {"pixel": config.pixel_weight * squared(image - batch.image).mean()}
-        terms["perceptual"] = config.perceptual_weight * distance
+        terms["perceptual"] = config.perceptual_weight * squeezenet.between(made, real).mean()
         if config.gan_weight:
             terms["gan"] = min(1, 10 * progress) * config.gan_weight * losses.gan_student(logits(made))
         if config.vsd_weight:
@@ -447,7 +445,7 @@ def train_student(config: Config) -> None:
             discriminator.zero_grad()
             critic = losses.gan_discriminator(logits([x.detach() for x in made]), real_logits := logits(real))
             shifted = batch.image[..., top:, left:]
-            perturbed = logits(seen(shifted + 0.1 * torch.randn_like(shifted)))
+            perturbed = logits(squeezenet.features(shifted + 0.1 * torch.randn_like(shifted)))
             critic = critic + 5 * losses.approximate_r1(real_logits, perturbed)
             critic.backward()
             judge.step()

@@ -79,6 +79,8 @@ def test_nano(nano, photos, tmp_path, capsys):
     run("adapter", minutes=1e-4)
     assert "from step 1," in capsys.readouterr().out and (tmp_path / "out" / "base.safetensors").exists()
     run("teacher", minutes=1e-4)
+    with pytest.raises(SystemExit, match="run the student's stage first"):
+        run("polish", minutes=1e-4)
     run("student", minutes=1e-4, piece=0)
     run("student", minutes=1e-4)
     state = torch.load(tmp_path / "out" / "student.pt", weights_only=True)

@@ -1,6 +1,7 @@
 """Real processes, a tiny image."""
 
 import json
+import math
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     oracle, whole, tiled = report["results"]
     assert [oracle["configuration"], whole["configuration"], tiled["configuration"]] == configurations
     assert oracle["largest_difference_to_first"] == 0 and whole["largest_difference_to_first"] < 1e-5
-    assert 25 < tiled["psnr_to_first"] < 100  # what 1e-5 would be
+    assert 25 < tiled["psnr_to_first"] < (whole["psnr_to_first"] or math.inf)  # none: the very same
     assert whole["tiles"] == 1 and tiled["tiles"] == 9
     for row in report["results"]:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"] and 1e8 < row["peak_memory"] < 5e9

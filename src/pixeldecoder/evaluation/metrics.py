@@ -243,14 +243,16 @@ class SqueezeNetDistance:
     @torch.no_grad()
     def __call__(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1], twice -> (B,)."""
-        distances = []
-        for a, b in zip(self.features(image), self.features(truth), strict=True):
-            a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-            distances.append((a - b).square().sum(dim=1).mean(dim=(1, 2)))
+        return self.between(self.features(image), self.features(truth))
+
+    @staticmethod
+    def between(features: list[torch.Tensor], truth: list[torch.Tensor]) -> torch.Tensor:
+        """Two images' features -> (B,)."""
+        distances = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(features, truth, strict=True)]
         return torch.stack(distances).mean(dim=0)
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> the four layers' (B, C, h, w), with gradient if the image has one."""
+        """(B, 3, H, W) in [-1, 1] -> the four layers' (B, C, h, w), of unit length, with gradient if it has one."""
         x = ((image.float() + 1) * 127.5).flip(1) - self.mean  # blue, green, red, as it was trained
         x = x.contiguous(memory_format=torch.channels_last)  # a third less time on a CPU
         x = self._conv("features.0", x, stride=2)
@@ -264,7 +266,7 @@ class SqueezeNetDistance:
             x = torch.cat([self._conv(f"features.{layer}.expand1x1", squeezed), wide], dim=1)
             if layer + 1 in self.POOLS or layer == 12:
                 found.append(x)
-        return found
+        return [F.normalize(x, dim=1) for x in found]
 
     def _conv(self, name: str, x: torch.Tensor, **kwargs) -> torch.Tensor:
         return F.conv2d(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **kwargs).relu()
