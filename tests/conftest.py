@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from safetensors.torch import load_file
 from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
 from pixeldecoder.convert import config_from_reference, convert_reference_state_dict
 
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+# Child processes, too, test the checkout that the tests are in, and find its encoder and oracle.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS, *filter(None, [os.environ.get("PYTHONPATH")]))))
+
+GOLDEN = TESTS / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("v1*.json"))
 
 TINY = dict(

@@ -9,8 +9,7 @@ from pixeldecoder.cli import main
 from pixeldecoder.evaluation.benchmark import _baseline_run, check_configuration
 
 
-def test_benchmark(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(pytest.importorskip("oracle").__file__).rsplit("/", 1)[0])
+def test_benchmark(tmp_path, capsys):
     configurations = ["oracle:decoder", "float32+whole", "float32+tile=64+chunk=16"]
     arguments = ["--sizes", "128", "--repeats", "2", "--device", "cpu", "--output", str(tmp_path)]
     assert main(["benchmark", "--configs", *configurations, *arguments]) == 0

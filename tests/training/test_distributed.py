@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def gradients(config, kind, folder, processes, number):
     write_yaml(config, folder / "run.yaml")
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
          str(HERE / "distributed.py"), kind, str(folder), str(number)],

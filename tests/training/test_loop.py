@@ -88,7 +88,7 @@ def command(config, tmp_path) -> tuple[list[str], dict]:
     arguments = [sys.executable, "-m", "pixeldecoder", *stage, "--config", str(tmp_path / "run.yaml")]
     # As many threads as here, so that sums come out the same to the bit.
     threads = str(torch.get_num_threads())
-    return arguments, os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": threads}
+    return arguments, os.environ | {"OMP_NUM_THREADS": threads}
 
 
 def test_killed_while_it_writes_a_checkpoint(teacher, tmp_path):
