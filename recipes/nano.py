@@ -1,15 +1,17 @@
 """Photos in, the bundled nano weights out, one command for each stage:
 
     python recipes/nano.py encoder --data TRAIN --minutes 8
+    python recipes/nano.py base --data TRAIN --minutes 90
     python recipes/nano.py adapter --data TRAIN --minutes 44
     python recipes/nano.py teacher --data TRAIN --minutes 12
     python recipes/nano.py student --data TRAIN --minutes 34 --squeezenet squeezenet1_0.safetensors
     python recipes/nano.py polish --data TRAIN --minutes 84 --squeezenet squeezenet1_0.safetensors
     python recipes/nano.py bundle --data EVAL
 
-each with `--taef1 taef1_encoder.safetensors`. Each writes its part under `--out`, and goes on from its own checkpoint
-when it is called again, so that `--piece 9` cuts a stage into calls of nine minutes. `baseline` writes TAEF1 as a
-folder to evaluate against. What came of it, what was tried, and the minutes meant for a GPU are told in docs/nano.md.
+each with `--taef1 taef1_encoder.safetensors` (`base` makes a decoder that `bundle` does not use yet). Each writes its
+part under `--out`, and goes on from its own checkpoint when it is called again, so that `--piece 9` cuts a stage into
+calls of nine minutes. `baseline` writes TAEF1 as a folder to evaluate against. What came of it, what was tried, and
+the minutes meant for a GPU are told in docs/nano.md.
 """
 
 import copy
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderTiny, FlowMatchLCMScheduler
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -52,13 +55,16 @@ from pixeldecoder.training.parts import autocast
 class Config:
     """One training run."""
 
-    stage: tyro.conf.Positional[Literal["encoder", "adapter", "teacher", "student", "polish", "bundle", "baseline"]]
+    stage: tyro.conf.Positional[
+        Literal["encoder", "base", "adapter", "teacher", "student", "polish", "bundle", "baseline"]
+    ]
     data: Path = Path()
     """Folder of photos: to train on, or, to bundle, those of EVAL."""
     taef1: Path
     """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors, its decoder beside it."""
     minutes: float = 60.0
-    """Of training, over all calls, loading excluded; the learning rates fall to nothing over them."""
+    """Of training, over all calls, loading excluded; the learning rates fall to nothing over them. On a CPU those that
+    this process computes: other work on the machine costs the training nothing but patience."""
     piece: float = math.inf
     """Minutes until this call ends, its checkpoint written."""
     squeezenet: Path | None = None
@@ -81,8 +87,11 @@ class Config:
         return self.batch_size or (8 if self.device == "cpu" else 32)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on a GPU; most CPUs are slower in it."""
-        return autocast(torch.device(self.device), self.device != "cpu")
+        """bfloat16, but on CPUs that have no instructions for it, which are slower in it."""
+        return autocast(torch.device(self.device), self.device != "cpu" or torch.cpu._is_avx512_bf16_supported())
+
+    def seconds(self) -> float:
+        return time.process_time() / torch.get_num_threads() if self.device == "cpu" else time.time()
 
 
 def load_taef1(path: Path) -> AutoencoderTiny:
@@ -129,6 +138,10 @@ class Pair:
     """The encoder's, likewise, that this recipe trains first: what `upscale` decodes."""
 
 
+TAEF1_ALONE = ("encoder", "base")
+"""Stages that know no encoder but TAEF1's."""
+
+
 @torch.no_grad()
 def load_pairs(config: Config) -> list[Pair]:
     """Every photo twice, plain and mirrored, on the device; what is computed once is kept in `out`."""
@@ -137,12 +150,12 @@ def load_pairs(config: Config) -> list[Pair]:
         height, width = (side // 32 * 32 for side in photo.shape[1:])
         crop = photo[:, :height, :width].to(config.device)
         photos += [crop.contiguous(), crop.flip(-1)]
-    cache = config.out / ("encoder_pairs.pt" if config.stage == "encoder" else "pairs.pt")
+    cache = config.out / ("encoder_pairs.pt" if config.stage in TAEF1_ALONE else "pairs.pt")
     known = torch.load(cache, weights_only=True) if cache.exists() else []
     if [small.shape for small, *_ in known] != [(3, p.shape[1] // 4, p.shape[2] // 4) for p in photos]:
         taef1 = load_taef1(config.taef1).to(config.device).to(memory_format=torch.channels_last)
         encoder = taef1.encoder
-        if config.stage != "encoder":
+        if config.stage not in TAEF1_ALONE:
             encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
         known = []
         for index, photo in enumerate(photos):
@@ -157,6 +170,7 @@ def load_pairs(config: Config) -> list[Pair]:
 
 def draw(pairs: list[Pair], cells: int, batch: int, rng: random.Random) -> list[tuple[Pair, int, int]]:
     """Pairs with the top and left latent cell of a crop, by area; edges of a photo are met as often as its inside."""
+    pairs = [pair for pair in pairs if min(pair.latents.shape[1:]) >= cells]
 
     def place(length: int) -> int:
         return min(max(rng.randint(-1, length - cells + 1), 0), length - cells)
@@ -178,12 +192,12 @@ def run(config: Config, parts: dict[str, "torch.nn.Module | Optimizer"], step: C
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         print(f"from step {done}, {spent:.1f} min", flush=True)
-    before, begun, log = spent, time.time(), defaultdict(list)
+    before, begun, log = spent, config.seconds(), defaultdict(list)
     while spent < config.minutes and spent - before < config.piece:
         torch.manual_seed(config.seed * 10**7 + done)
         for name, value in step(spent / config.minutes, random.Random(f"{config.seed}/{done}")).items():
             log[name].append(value)
-        done, spent = done + 1, before + (time.time() - begun) / 60
+        done, spent = done + 1, before + (config.seconds() - begun) / 60
         if done % 50 == 0:
             means = "  ".join(f"{name} {np.mean(values[-50:]):.4f}" for name, values in log.items())
             print(f"{spent:6.1f} min  step {done}  {means}", flush=True)
@@ -221,6 +235,96 @@ def train_encoder(config: Config) -> None:
     if run(config, {"model": model, "optimizer": optimizer}, step):
         model.to(torch.bfloat16).save_pretrained(config.out / "encoder")
         (config.out / "pairs.pt").unlink(missing_ok=True)  # of an earlier encoder
+
+
+class BaseDecoder(torch.nn.Module):
+    """Latents and their sigma to the small image: TAESD's shape (MIT), with a bias for sigma at every size.
+
+    Args:
+        latent_channels: C of the latents.
+        dim: width of every convolution.
+        num_blocks: residual blocks at 1/8, 1/4, 1/2 and 1/1 of the small image's size.
+    """
+
+    def __init__(self, latent_channels: int = 16, dim: int = 64, num_blocks: tuple[int, ...] = (3, 3, 3, 1)):
+        super().__init__()
+        self.conv_in = torch.nn.Conv2d(latent_channels, dim, 3, padding=1)
+        self.sigma_embed = torch.nn.Sequential(
+            torch.nn.Linear(1, dim), torch.nn.SiLU(), torch.nn.Linear(dim, dim * len(num_blocks))
+        )
+        torch.nn.init.zeros_(self.sigma_embed[2].weight)
+        torch.nn.init.zeros_(self.sigma_embed[2].bias)
+        self.stages = torch.nn.ModuleList(
+            torch.nn.Sequential(*(AutoencoderTinyBlock(dim, dim, "relu") for _ in range(count))) for count in num_blocks
+        )
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(dim, dim, 3, padding=1, bias=False) for _ in num_blocks[1:])
+        self.to_small = torch.nn.Conv2d(dim, 3, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, C, h, w) and (B,) -> the small image (B, 3, 8h, 8w) in [-1, 1], and what each stage made on the way."""
+        x = F.relu(self.conv_in(torch.tanh(latents / 3) * 3))
+        biases = self.sigma_embed(sigma[:, None])[..., None, None].chunk(len(self.stages), dim=1)
+        features = []
+        for index, (stage, bias) in enumerate(zip(self.stages, biases, strict=True)):
+            x = stage(x + bias)
+            features.append(x)
+            if index < len(self.convs):
+                x = self.convs[index](F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.to_small(x).mul(2).sub(1), features
+
+
+def taef1_features(decoder: torch.nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """TAEF1's picture in [-1, 1] and its features before each upsampling and at the end."""
+    x, features, last = torch.tanh(latents / 3) * 3, [], None
+    for layer in decoder.layers:
+        if isinstance(layer, torch.nn.Upsample):
+            features.append(x)
+        last, x = x, layer(x)
+    return x.mul(2).sub(1), [*features, last]
+
+
+BASE_CELLS = {8: (0.5, 2), 12: (0.3, 1), 16: (0.15, 1 / 2), 32: (0.05, 1 / 8)}
+"""Side of a crop in latent cells: its share of the steps, and crops to a batch, of `crops`. In small ones every pixel
+knows the border; what is far from it must be met as well."""
+
+
+def train_base(config: Config) -> None:
+    """The small image, from what TAEF1's decoder makes after each of its stages: dense targets, learnt fast. Noisy
+    latents come in as the stage goes on; they are to give what the clean ones do."""
+    pairs = load_pairs(config)
+    taef1 = load_taef1(config.taef1).decoder.to(config.device, memory_format=torch.channels_last)
+    torch.manual_seed(config.seed)
+    model = BaseDecoder().to(config.device, memory_format=torch.channels_last)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    optimizer = Optimizer(model, 0.03)
+
+    def step(progress: float, rng: random.Random) -> dict[str, float]:
+        cells = rng.choices(list(BASE_CELLS), weights=[share for share, _ in BASE_CELLS.values()])[0]
+        drawn = draw(pairs, cells, max(1, round(config.crops * BASE_CELLS[cells][1])), rng)
+        latents = torch.stack([pair.latents[:, y : y + cells, x : x + cells] for pair, y, x in drawn]).float()
+        sigma = torch.rand(len(latents), device=latents.device) * 0.8
+        sigma = sigma * (torch.rand_like(sigma) < 0.4 * progress)
+        noisy = noised(latents, torch.randn_like(latents), sigma)
+        with config.autocast():
+            with torch.no_grad():
+                target, wanted = taef1_features(taef1, latents.contiguous(memory_format=torch.channels_last))
+            image, features = model(noisy.contiguous(memory_format=torch.channels_last), sigma)
+        weight = (1 - sigma)[:, None, None, None]
+        relative = [
+            (weight * (x.float() - y.float()).square()).mean() / y.float().square().mean()
+            for x, y in zip(features, wanted, strict=True)
+        ]
+        picture = (weight * (image.float() - target.float()).square()).mean()
+        optimizer.step(sum(relative) + 20 * picture, progress)
+        average.update_parameters(model)
+        terms = {f"stage {index}": x.item() for index, x in enumerate(relative)}
+        if not sigma.any():  # of [-1, 1]; the distance to TAEF1's picture, not to the photo
+            terms["dB to TAEF1"] = 10 * math.log10(4 / picture.item())
+        return terms
+
+    if run(config, {"model": model, "average": average, "optimizer": optimizer}, step):
+        state = {name: value.contiguous() for name, value in average.module.state_dict().items()}
+        save_file(state, config.out / "decoder.safetensors")
 
 
 NANO = dict(
@@ -545,6 +649,7 @@ def bundle(config: Config) -> None:
 
 STAGES = {
     "encoder": train_encoder,
+    "base": train_base,
     "adapter": train_adapter,
     "teacher": train_teacher,
     "student": train_student,
