@@ -296,10 +296,12 @@ def train_base(config: Config) -> None:
     torch.manual_seed(config.seed)
     model = BaseDecoder().to(config.device, memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    largest = max(min(pair.latents.shape[1:]) for pair in pairs)
+    sizes = {cells: share for cells, share in BASE_CELLS.items() if cells <= largest}
     optimizer = Optimizer(model, 0.03)
 
     def step(progress: float, rng: random.Random) -> dict[str, float]:
-        cells = rng.choices(list(BASE_CELLS), weights=[share for share, _ in BASE_CELLS.values()])[0]
+        cells = rng.choices(list(sizes), weights=[share for share, _ in sizes.values()])[0]
         drawn = draw(pairs, cells, max(1, round(config.crops * BASE_CELLS[cells][1])), rng)
         latents = torch.stack([pair.latents[:, y : y + cells, x : x + cells] for pair, y, x in drawn]).float()
         sigma = torch.rand(len(latents), device=latents.device) * 0.8

@@ -18,7 +18,9 @@ from pixeldecoder.convert import config_from_reference, convert_reference_state_
 
 TESTS = Path(__file__).parent
 # Child processes, too, test the checkout that the tests are in, and find its encoder and oracle.
-os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS, *filter(None, [os.environ.get("PYTHONPATH")]))))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    map(str, (TESTS.parent / "src", TESTS, *filter(None, [os.environ.get("PYTHONPATH")])))
+)
 
 GOLDEN = TESTS / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("v1*.json"))

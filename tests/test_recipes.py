@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from families import SqueezeNet
 from pixeldecoder import PixelDecoderPipeline
@@ -96,6 +96,35 @@ def test_nano(nano, photos, tmp_path, capsys):
     assert moved and base and not moved & base  # the base stays as it is
     assert {name for name in base if not torch.equal(student[name], polished[name])}  # until it is polished
     assert any(not torch.equal(teacher[name], fake[name].bfloat16()) for name in moved)
+
+
+def test_base_decoder(nano, photos, tmp_path):
+    """With TAEF1's weights it is TAEF1's decoder; and it learns from its features."""
+    torch.manual_seed(0)
+    taef1 = AutoencoderTiny(latent_channels=16).eval()
+    model, latents = nano.BaseDecoder(), torch.randn(2, 16, 8, 8)
+    layers = [layer for layer in taef1.decoder.layers if any(True for _ in layer.parameters())]
+    blocks = [layer for layer in layers if not isinstance(layer, torch.nn.Conv2d)]
+    convs = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
+    for ours, theirs in zip([block for stage in model.stages for block in stage], blocks, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    for ours, theirs in zip([model.conv_in, *model.convs, model.to_small], convs, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        image, features = model(latents, torch.zeros(2))
+        target, wanted = nano.taef1_features(taef1.decoder, latents)
+        torch.testing.assert_close(target, taef1.decoder(latents))
+        torch.testing.assert_close(image, target)
+    assert [x.shape[-1] for x in wanted] == [8, 16, 32, 64]
+    for ours, theirs in zip(features, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+    common = dict(data=photos, taef1=published(tmp_path, taef1), out=tmp_path / "out", batch_size=2, device="cpu")
+    nano.STAGES["base"](nano.Config(stage="base", **common, minutes=math.inf, piece=1e-4))
+    assert not (tmp_path / "out" / "decoder.safetensors").exists()
+    nano.STAGES["base"](nano.Config(stage="base", **common, minutes=1e-4))
+    trained = load_file(tmp_path / "out" / "decoder.safetensors")
+    model.load_state_dict(trained)
 
 
 def test_muon_is_pytorchs(nano):
