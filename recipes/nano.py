@@ -298,7 +298,7 @@ def train_base(config: Config) -> None:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     largest = max(min(pair.latents.shape[1:]) for pair in pairs)
     sizes = {cells: share for cells, share in BASE_CELLS.items() if cells <= largest}
-    optimizer = Optimizer(model, 0.03)
+    optimizer = Optimizer(model, 0.015)
 
     def step(progress: float, rng: random.Random) -> dict[str, float]:
         cells = rng.choices(list(sizes), weights=[share for share, _ in sizes.values()])[0]
