@@ -576,15 +576,21 @@ class Benchmark:
     """Timed runs, after one that is not."""
     max_memory: str | None = None
     """As in `decode`."""
+    startup: bool = False
+    """Instead, the CPU time until the command itself answers: --help, --version, a plan, an error."""
     output: Path = Path("outputs/benchmark")
     """Folder of benchmark.json and benchmark.png."""
 
     def run(self) -> None:
         import json
 
-        from pixeldecoder.evaluation.benchmark import benchmark, plot
+        from pixeldecoder.evaluation.benchmark import benchmark, plot, startup
         from pixeldecoder.files import write_whole
 
+        if self.startup:
+            for command, seconds in startup(self.repeats).items():
+                print(f"{command:40} {seconds:6.2f} s of CPU")
+            return
         device = Decoder(device=self.device).torch_device()
         report = benchmark(
             list(self.configs), list(self.sizes), self.decoder, device, self.steps, self.repeats, self.max_memory

@@ -67,6 +67,8 @@ def load_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too large to be opened safely: {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 

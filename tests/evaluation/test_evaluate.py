@@ -1,16 +1,21 @@
 """`pixeldecoder evaluate`, `compare` and `judge` on tiny real components: pictures, shards, prompts, bad input."""
 
 import csv
+import gc
 import http.server
 import io
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +31,18 @@ from diffusers import (
 )
 from PIL import Image
 
-from conftest import TINY_NANO, tiny_pipeline
+from conftest import TINY_NANO, tiny_model, tiny_pipeline
 from families import build, clip, tokenizer
+from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
+from pixeldecoder.convert import export_reference_state_dict
+from pixeldecoder.evaluation import methods, run
 from pixeldecoder.evaluation.judge import verdicts
-from pixeldecoder.evaluation.methods import Setting
-from pixeldecoder.evaluation.report import interval
+from pixeldecoder.evaluation.methods import Facts, Setting, read_facts
+from pixeldecoder.evaluation.report import interval, write_report
+from pixeldecoder.pipeline import teacher_scheduler
+from pixeldecoder.presets import PRESETS, Preset
+from pixeldecoder.training.data import Shards
 
 CROP = 128
 
@@ -108,12 +119,8 @@ def test_table_and_report(parts, finished):
     assert "data:image/webp;base64," in page and "<svg" in page
 
 
-def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch):
-    """Metrics and settings come to what is there, and nothing that is there is made again."""
-    import shutil
-
-    import pixeldecoder.evaluation.run as run
-
+def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
+    """Metrics and settings come to what is there, which stays, and nothing that is there is made again."""
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     before = table(output)
@@ -122,11 +129,117 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch):
     for steps in ((), ("--metrics", "psnr", "border")):
         assert evaluate(parts, output, *common(parts), "--steps", 1, 2, "--as-if-clean", *steps) == 0
     assert not made
-    assert [{key: row[key] for key in after} for row, after in zip(before, table(output), strict=True)] == table(output)
+    assert table(output) == before
     monkeypatch.undo()
-    assert evaluate(parts, output, *common(parts), "--steps", 3) == 0
-    assert {row["steps"] for row in table(output)} == {"", "3"}
+    capsys.readouterr()
+    arguments = ["--crop", CROP, "--baselines", "lanczos", "--sigmas", 0, "--vae", parts / "vae", "--limit", 2]
+    assert evaluate(parts, output, *arguments, "--steps", 3, "--metrics", "psnr") == 0
+    there, added, *_ = capsys.readouterr().out.splitlines()
+    assert (
+        f"{output} holds bicubic; VAE + bicubic, sigma 0; " in there and "decoder, 2 steps, sigma 0.4, told 0" in there
+    )
+    assert added == "this run adds lanczos; decoder, 3 steps, sigma 0"
+    rows = table(output)
+    assert [row for row in rows if row["steps"] != "3" and row["method"] != "lanczos"] == before
+    new = [row for row in rows if row not in before]
+    assert len(new) == 2 * 2 and all(row["psnr"] and not row["ssim"] for row in new)  # --limit 2, --metrics psnr
+    report = (output / "report.md").read_text()
+    labels = [line.split(" | ")[0].strip("| ") for line in report.splitlines() if line.startswith("| ")]
+    settings = list(dict.fromkeys(Setting(*settings_of(row)) for row in rows))
+    assert [label for label in labels if label not in ("", "---")][: len(settings)] == list(map(str, settings))
+    assert [s.steps for s in settings] == sorted((s.steps for s in settings), key=lambda steps: steps or 0)
+    assert "lanczos: 2 of 5 images" in report and "bicubic: 5 of" not in report
     assert evaluate(parts, output, *common(parts), "--seed", "1") == 2  # would be another evaluation
+
+
+def settings_of(row):
+    numbers = (float(row[name]) if row[name] else None for name in ("sigma", "told"))
+    return row["method"], int(row["steps"]) if row["steps"] else None, *numbers, row["stop"] or None
+
+
+def test_best_is_told_of_equal_images_alone(parts, tmp_path):
+    """Bicubic is worse than Lanczos on the same pictures; on fewer it is not compared, however good it is there."""
+    output = tmp_path / "out"
+    shutil.copytree(parts / "photos", tmp_path / "photos")
+    arguments = ["--metrics", "psnr", "texture", "border"]
+
+    def row(method):
+        report = (output / "report.md").read_text().split("## Fidelity")[1]
+        return next(line for line in report.splitlines() if line.startswith(f"| {method} |"))
+
+    assert evaluate(tmp_path, output, *arguments, "--baselines", "bicubic", decoders=()) == 0
+    assert "**" not in row("bicubic")  # against nobody
+    assert evaluate(tmp_path, output, *arguments, "--baselines", "lanczos", "--limit", 1, decoders=()) == 0
+    assert "**" not in row("bicubic") + row("lanczos")
+    assert evaluate(tmp_path, output, *arguments, "--baselines", "lanczos", decoders=()) == 0
+    assert ("**" in row("bicubic")) != ("**" in row("lanczos"))
+    texture = (output / "report.md").read_text().split("## Colour, spectrum, texture")[1].split("##")[0]
+    assert "Texture, dB → 0" in texture and "**" not in texture  # noise, too, may have the right amount
+
+
+def test_names_that_would_mix(parts, finished, tmp_path, capsys):
+    shutil.copytree(parts / "decoder", tmp_path / "other" / "decoder")
+    output = tmp_path / "out"
+    names = ("decoder", str(tmp_path / "other" / "decoder"))
+    assert evaluate(parts, output, "--limit", 1, decoders=names) == 2
+    assert 'other/decoder, would both be called "decoder, 4 steps, sigma 0"' in capsys.readouterr().err
+    assert not output.exists()
+    shutil.copytree(finished, output)
+    assert evaluate(parts, output, *common(parts), "--steps", 1, decoders=names[1:]) == 2
+    assert "would both be called" in capsys.readouterr().err
+    assert table(output) == table(finished)
+
+
+def test_each_decoder_is_loaded_once_and_alone(parts, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        shutil.copytree(parts / "decoder", tmp_path / name)
+    loaded = []
+    stock = PixelDecoderPipeline.from_pretrained.__func__
+
+    def from_pretrained(cls, name, **kwargs):
+        gc.collect()
+        assert all(pipeline() is None for _, pipeline in loaded)
+        pipeline = stock(cls, name, **kwargs)
+        loaded.append((Path(name).name, weakref.ref(pipeline)))
+        return pipeline
+
+    monkeypatch.setattr(PixelDecoderPipeline, "from_pretrained", classmethod(from_pretrained))
+    arguments = ["--crop", CROP, "--limit", 1, "--steps", 1, 2, "--metrics", "psnr"]
+    names = (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert evaluate(parts, tmp_path / "out", *arguments, decoders=names) == 0
+    assert [name for name, _ in loaded] == ["a", "b"]
+    assert len(table(tmp_path / "out")) == 5
+    loaded.clear()
+    assert evaluate(parts, tmp_path / "out", *arguments, decoders=names) == 0
+    assert not loaded  # nothing to do
+
+
+@pytest.mark.parametrize("student", [True, False])
+def test_facts_of_a_folder(tmp_path, student):
+    pipeline = tiny_pipeline(**TINY_NANO | {"scale": 8, "patch_size": 32})
+    pipeline.register_to_config(latent_space="sdxl", default_num_inference_steps=3)
+    pipeline.scheduler = pipeline.scheduler if student else teacher_scheduler()
+    pipeline.save_pretrained(tmp_path)
+    facts = read_facts(str(tmp_path), pytest.fail)
+    assert facts == Facts(8, "variance-preserving", 3, student)
+    assert read_facts("nowhere", lambda: pipeline) == facts  # by loading it
+    facts.check(4)
+    for steps in (0, 5) if student else (0,):
+        with pytest.raises(ValueError, match=f"got {steps}"):
+            facts.check(steps)
+
+
+def test_facts_of_checkpoints(tmp_path, monkeypatch):
+    name = "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_undistilled"
+    monkeypatch.setattr(methods, "try_to_load_from_cache", lambda *args: "there.pth")
+    assert read_facts(name, pytest.fail) == Facts(4, "flow", 25, False)
+    monkeypatch.setattr(methods, "try_to_load_from_cache", lambda *args: None)
+    pipeline = tiny_pipeline()
+    assert read_facts(name, lambda: pipeline) == Facts(4, "flow", 4, True)  # fetched, to see that it can be
+    monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "sdxl", {"adapter_dim": 32, "scale": 8}, False, 7, 1.0))
+    for file, expected in (("tiny.pth", (8, "variance-preserving", 7, False)), ("other.pth", (8, "flow", 4, True))):
+        torch.save(export_reference_state_dict(tiny_model().state_dict()), tmp_path / file)
+        assert read_facts(str(tmp_path / file), pytest.fail) == expected
 
 
 def test_killed_and_resumed(parts, finished, tmp_path):
@@ -185,6 +298,154 @@ def test_shards_and_unreadable_pictures(parts, tmp_path):
     assert "set.tar:1: not readable" in report and "hps: skipped: for prompts alone" in report
 
 
+def test_shards_are_walked_twice(parts, tmp_path, monkeypatch):
+    """To count them, and to cut the truths out, whatever the number of methods; then to count them."""
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        for index in range(3):
+            archive.add(parts / "photos" / f"photo {index}.png", f"{index}.png")
+    walks = []
+    once = Shards.once
+    monkeypatch.setattr(Shards, "once", lambda self: walks.append(1) or once(self))
+    arguments = ["--baselines", "bicubic", "lanczos", "--metrics", "psnr", "--limit", 2]
+    for expected in (2, 3):
+        assert evaluate(tmp_path, tmp_path / "out", *arguments, source="set.tar", decoders=()) == 0
+        assert len(walks) == expected
+    assert len(table(tmp_path / "out")) == 2 * 2  # --limit 2
+
+
+@pytest.fixture
+def pyiqa(monkeypatch):
+    """A stand-in with metrics of both modes, one that breaks, and one that compares folders."""
+
+    def create_metric(name, device):
+        def metric(image, truth=None):
+            assert image.min() >= 0 and image.max() <= 1
+            if name == "moody":
+                raise AssertionError("not today")
+            return (image.mean() if truth is None else (image - truth).abs().mean())[None]
+
+        metric.metric_mode = configs[name]["metric_mode"]
+        return metric
+
+    configs = {
+        "brightness": {"metric_mode": "NR"},
+        "distance": {"metric_mode": "FR", "lower_better": True},
+        "moody": {"metric_mode": "NR"},
+        "fid_dinov2": {"metric_mode": "NR", "lower_better": True},
+    }
+    package, modules = types.ModuleType("pyiqa"), types.ModuleType("pyiqa.default_model_configs")
+    package.create_metric, modules.DEFAULT_CONFIGS = create_metric, configs
+    monkeypatch.setitem(sys.modules, "pyiqa", package)
+    monkeypatch.setitem(sys.modules, "pyiqa.default_model_configs", modules)
+
+
+def test_whatever_pyiqa_has(parts, tmp_path, pyiqa, monkeypatch, capsys):
+    output = tmp_path / "out"
+    names = ["brightness", "distance", "moody", "fid_dinov2", "psnr"]
+    arguments = ["--baselines", "bicubic", "lanczos", "--metrics", *names]
+    assert evaluate(parts, output, *arguments, decoders=()) == 0
+    printed = capsys.readouterr().out
+    assert "skipped fid_dinov2: pyiqa computes it of folders" in printed
+    assert "moody of photo 0.png: AssertionError: not today" in printed
+    for row in table(output):
+        paths = (output / "images" / name / f"{row['file']}.png" for name in (row["method"], "truth"))
+        image, truth = (np.array(Image.open(path)) / 255 for path in paths)
+        assert float(row["brightness"]) == pytest.approx(image.mean(), abs=1e-5)
+        assert float(row["distance"]) == pytest.approx(np.abs(image - truth).mean(), abs=1e-5)
+        assert row["moody"] == ""
+    for name in ("pyiqa", "pyiqa.default_model_configs"):
+        monkeypatch.setitem(sys.modules, name, None)  # the report is made where it is not installed
+    write_report(output)
+    report = (output / "report.md").read_text()
+    assert "| | brightness ↑ | distance ↓ | moody ↑ |" in report
+    assert evaluate(parts, output, "--metrics", "brightness", decoders=()) == 2
+    assert 'no metric "brightness"' in capsys.readouterr().err
+    assert evaluate(parts, output, "--baselines", "bicubic", "--metrics", "lpips", "hps", decoders=()) == 0
+    printed = capsys.readouterr().out
+    assert "skipped lpips: needs pyiqa: pip install 'pixeldecoder[iqa]'" in printed
+    assert len([name for name in ("brightness", "distance", "psnr") if name in table(output)[0]]) == 3
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib", "torchmetrics"])
+def test_missing_extra(parts, finished, tmp_path, package, monkeypatch, capsys):
+    """One line that says what to install, before anything is done."""
+    monkeypatch.setitem(sys.modules, package, None)
+    photo = str(parts / "photos" / "photo 0.png")
+    commands = {
+        "evaluate": ["evaluate", str(parts / "photos"), "--output", str(tmp_path / "out")],
+        "compare": ["compare", photo, photo, "--output", str(tmp_path / "page.html")],
+        "judge": ["judge", str(finished), "--url", "http://localhost:1/v1", "--model", "x"],
+    }
+    if package == "torchmetrics":
+        del commands["judge"]
+    if package == "matplotlib":
+        del commands["compare"]
+    for command, arguments in commands.items():
+        assert main(arguments) == 2
+        wanted = f"pixeldecoder: {command} needs {package}: pip install 'pixeldecoder[evaluate]'"
+        assert capsys.readouterr().err.splitlines() == [wanted]
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_extra_of_shards(parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    assert evaluate(parts, tmp_path / "out", source="set.tar") == 2
+    assert "evaluate needs webdataset: pip install 'pixeldecoder[evaluate]'" in capsys.readouterr().err
+
+
+def test_damaged_pictures_are_made_anew(parts, finished, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    wanted = {path: path.read_bytes() for path in sorted((output / "images").rglob("*.png"))}
+    kinds = [b"", b"no picture", "half", "flipped"]
+    for path, kind in zip(list(wanted)[:: len(wanted) // len(kinds)], kinds, strict=False):
+        data = wanted[path]
+        half = len(data) // 2
+        damaged = {"half": data[:half], "flipped": data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]}
+        path.write_bytes(damaged.get(kind, kind))
+    truth = next(path for path in wanted if path.parent.name == "truth")
+    truth.write_bytes(wanted[truth][:-20])
+    assert evaluate(parts, output, *common(parts), "--steps", 1, 2, "--as-if-clean") == 0
+    assert {path: path.read_bytes() for path in wanted} == wanted
+    assert table(output) == table(finished)
+
+
+def test_damaged_lines_are_left_out(parts, finished, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    rows = output / "rows-0.jsonl"
+    lines = rows.read_bytes().splitlines()
+    good = json.loads(lines[-1])
+    wrong = [
+        {"image": 5}, {"file": "../../x"}, {"seconds": "soon"}, {"psnr": [1]}, {"psnr": math.nan}, {"steps": "two"},
+        {"method": None}, {"stop": {}}, {"sigma": "0"}, {"told": True, "sigma": []},
+    ]  # fmt: skip
+    damaged = [json.dumps(good | change).encode() for change in wrong]
+    damaged += [b"5", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 100_000, b'{"unreadable": 5}', lines[-1][:40], b""]
+    rows.write_bytes(b"\n".join([*lines[:-1], *damaged]) + b"\n")
+    assert evaluate(parts, output, *common(parts), "--steps", 1, 2, "--as-if-clean") == 0
+    assert table(output) == table(finished)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"{}", b"[]", b"5", b'{"identity": []}', b'{"identity": {}}', "settings", "sets", "better"],
+)
+def test_damaged_study(parts, finished, tmp_path, content, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    path = output / "study.json"
+    if isinstance(content, str):
+        study = json.loads(path.read_text())
+        content = json.dumps(study | {content: {"settings": [{"method": 5}]}.get(content, {"psnr": "x"})}).encode()
+    path.write_bytes(content)
+    for command in (["judge", str(output), "--url", "http://localhost:1/v1", "--model", "x"], None):
+        code = main(command) if command else evaluate(parts, output, *common(parts))
+        assert code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{path}: not what an evaluation writes" in error and len(error) < 600
+
+
 @pytest.fixture(scope="module")
 def upscalers(tmp_path_factory):
     """diffusers' upscale pipelines, with and without a prompt, and a model that spandrel would load."""
@@ -227,6 +488,14 @@ def test_bad_input(parts, finished, tmp_path, capsys):
     assert "sigma 1.5: expected a noise level in [0, 1]" in complaint("--sigmas", "1.5")
     assert "1 to 4 steps, got 8" in complaint("--steps", 8)
     assert "nothing to evaluate" in complaint("--baselines", decoders=())
+    assert "limit 0: expected at least 1" in complaint("--limit", 0)
+    assert "scale 0: expected at least 1" in complaint("--scale", 0, decoders=())
+    (parts / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert "latin.txt: expected text in UTF-8" in complaint("--model", "x", "--baselines", "vae", source="latin.txt")
+    (parts / "torn").mkdir(exist_ok=True)
+    photo(0).save(parts / "torn" / "photo.png")
+    (parts / "torn" / "photo.png").write_bytes((parts / "torn" / "photo.png").read_bytes()[:2000])
+    assert "no picture can be read, such as photo.png: " in complaint(source="torn", output=tmp_path / "torn")
     assert "no such file" in complaint("--weights", "squeezenet", tmp_path / "none")
     assert not (tmp_path / "bad" / "images").exists()
     assert "holds an evaluation with crop 128, not 64" in complaint("--crop", 64, output=finished)
@@ -259,6 +528,12 @@ def test_prompts(parts, tmp_path):
 
         assert Image.open(image_path(output, setting, row["file"])).size == (256, 256)
     assert "psnr: skipped: for pictures alone" in (output / "report.md").read_text()
+    latents = {path: path.read_bytes() for path in sorted((output / "latents").iterdir())}
+    assert len(latents) == 2 * 3
+    for path, content in latents.items():
+        path.write_bytes(content[:-10])
+    assert run("--stops", "2", "4", "--metrics", "border", "psnr") == 0
+    assert {path: path.read_bytes() for path in latents} == latents and table(output) == rows
     assert run("--baselines", "bicubic") == 2
 
 
@@ -291,6 +566,13 @@ def test_compare(parts, tmp_path, capsys):
     expected = -10 * np.log10(np.square(np.array(Image.open(a)) / 255 - np.array(Image.open(b)) / 255).mean())
     assert float(printed["psnr"]) == pytest.approx(expected, abs=1e-3)
     assert (tmp_path / "page.html").read_text().count("data:image/webp") == 3
+    shutil.copy(b, tmp_path / a.name)
+    assert main(["compare", str(a), str(tmp_path / a.name), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()  # two files of one name are two pictures
+    assert page.count("data:image/webp") == 3 and f'"{tmp_path / a.name}": "data:' in page
+    capsys.readouterr()
+    assert main(["compare", str(a), str(tmp_path / "none.png")]) == 2
+    assert capsys.readouterr().err == f"pixeldecoder: {tmp_path / 'none.png'}: no such file\n"
     photo(0, (64, 64)).save(tmp_path / "small.png")
     assert main(["compare", str(a), str(tmp_path / "small.png")]) == 2
     assert "one size, got 160 x 144 and 64 x 64" in capsys.readouterr().err
@@ -317,6 +599,8 @@ class Judge(http.server.BaseHTTPRequestHandler):
             "tie" if abs(difference) < 1 else "first" if difference > 0 or body["model"] == "stubborn" else "second"
         )
         text = f"The first and the second differ.\n**{answer.title()}**"
+        if body["model"] == "shy" or (body["model"] == "forgetful" and len(self.server.requests) % 2):
+            text = "I cannot say."
         content = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -341,6 +625,7 @@ def test_judge(parts, tmp_path, server, monkeypatch, capsys):
     vae = ["--vae", parts / "vae", "--baselines", "bicubic", "lanczos", "vae", "--metrics", "psnr"]
     assert evaluate(parts, output, *vae, decoders=()) == 0
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # of the Hub, not of this server
     url = f"http://127.0.0.1:{server.server_port}/v1"
 
     def run(*args, model="brightness"):
@@ -361,7 +646,7 @@ def test_judge(parts, tmp_path, server, monkeypatch, capsys):
     assert all(texts[1:] == ["The first:", "The second:"] for texts in orders)
     report = (output / "report.md").read_text()
     assert "Preferred by brightness" in report
-    assert "| bicubic against lanczos | 0.500 [0.500, 0.500] | 0 | 5 | 0 | 0 |" in report
+    assert "| bicubic against lanczos | 0.500 [0.500, 0.500] | 0 | 5 | 0 | 0 | 0 |" in report
     answers = [json.loads(line) for line in (output / "judge.jsonl").read_text().splitlines()]
     means = {
         name: np.array([np.array(Image.open(p)).mean() for p in sorted((output / "images" / name).iterdir())])
@@ -372,12 +657,32 @@ def test_judge(parts, tmp_path, server, monkeypatch, capsys):
     # Whoever always says the same place has no preference.
     assert run("--settings", "bicubic", "VAE + bicubic, sigma 0", model="stubborn") == 0
     assert (
-        "| bicubic against VAE + bicubic, sigma 0 | 0.500 [0.500, 0.500] | 0 | 5 | 0 | 5 |"
+        "| bicubic against VAE + bicubic, sigma 0 | 0.500 [0.500, 0.500] | 0 | 5 | 0 | 5 | 0 |"
         in (output / "report.md").read_text()
     )
+    # Whoever says nothing is in the table, too, be it in one order alone.
+    for model in ("shy", "forgetful"):
+        server.requests.clear()
+        assert run("--settings", "bicubic", "lanczos", model=model) == 0
+        assert "answers are neither first, second nor tie" in capsys.readouterr().err
+        section = (output / "report.md").read_text().split(f"Preferred by {model}")[1]
+        assert "| bicubic against lanczos | – | 0 | 0 | 0 | 0 | 5 |" in section
+    # A damaged answer is asked for again, an undamaged one is not.
+    path = output / "judge.jsonl"
+    content = path.read_bytes()
+    line = json.loads(content.splitlines()[0])
+    others = [line | {"answer": "maybe"}, line | {"image": 5}, {"answer": "tie"}, [], 5]
+    damaged = content.splitlines(keepends=True)[1:] + [json.dumps(other).encode() + b"\n" for other in others]
+    path.write_bytes(b"".join(damaged) + b"\xff\n{")
+    server.requests.clear()
+    assert run() == 0 and len(server.requests) == 1
+    assert run("--limit", "1") == 0 and len(server.requests) == 1
     assert run("--settings", "bicubic", "nobody") == 2 and "no setting ['nobody']" in capsys.readouterr().err
     assert main(["judge", str(tmp_path), "--url", url, "--model", "x"]) == 2
     assert "expected the folder of a finished evaluation" in capsys.readouterr().err
+    assert main(["judge", str(output), "--url", "localhost:8000/v1", "--model", "x"]) == 2
+    assert "localhost:8000/v1: expected http:// or https://" in capsys.readouterr().err
+    assert run("--limit", "0") == 2 and "limit 0: expected at least 1" in capsys.readouterr().err
     server.shutdown()
     server.server_close()
     assert run(model="another") == 2

@@ -6,6 +6,7 @@ machine that slows down slows all of them.
 
 import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from diffusers import FlowMatchLCMScheduler
 
+from pixeldecoder.evaluation import scale_log
+from pixeldecoder.files import write_whole
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.performance import Quantization, compile_blocks, quantize, set_attention
 from pixeldecoder.pipeline import PixelDecoderPipeline
@@ -157,29 +160,54 @@ class _Worker:
         raise ValueError(f"configuration {self.name}: {lines[-1]}")
 
 
+STARTUP = {("--help",): 0, ("--version",): 0, ("plan", "1024", "1024"): 0, ("upscale", "missing.png", "x.png"): 2}
+"""What should answer at once, with its exit code."""
+
+
+def startup(repeats: int = 3) -> dict[str, float]:
+    """CPU seconds, of user and system, that each of `STARTUP` takes in a process of its own: medians of the repeats.
+
+    Raises:
+        ValueError: one ended with another code.
+    """
+    if repeats < 1:
+        raise ValueError(f"expected repeats of at least 1, got {repeats}")
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as empty:
+        for _ in range(repeats):
+            for arguments, code in STARTUP.items():
+                before = os.times()
+                command = [sys.executable, "-m", "pixeldecoder", *arguments]
+                result = subprocess.run(command, capture_output=True, text=True, cwd=empty)
+                after = os.times()
+                text = " ".join(["pixeldecoder", *arguments])
+                if result.returncode != code:
+                    raise ValueError(f"{text}: exit code {result.returncode}, expected {code}: {result.stderr[-300:]}")
+                spent = after.children_user + after.children_system - before.children_user - before.children_system
+                seconds.setdefault(text, []).append(spent)
+    return {text: statistics.median(spent) for text, spent in seconds.items()}
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """Time and memory over output size."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     names = list(dict.fromkeys(result["configuration"] for result in report["results"]))
+    sizes = sorted({result["size"] for result in report["results"]})
     for axis, key, label, unit in (axes[0], "seconds", "time, s", 1), (axes[1], "peak_memory", "peak memory, GB", 1e9):
         for name in names:
             rows = [result for result in report["results"] if result["configuration"] == name]
             axis.plot([r["size"] for r in rows], [r[key] / unit for r in rows], marker="o", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="side of the output, px", ylabel=label)
-        sizes = sorted({result["size"] for result in report["results"]})
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
+        axis.set(xlabel="side of the output, px", ylabel=label)
+        scale_log(axis.xaxis)
+        scale_log(axis.yaxis)
+        axis.set_xticks(sizes)
         axis.grid(alpha=0.3)
     axes[0].legend(loc="upper left")
     figure.suptitle(f"{report['decoder']}, {report['device']}, {report['threads']} threads")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110))
 
 
 def peak_resident() -> int:

@@ -7,13 +7,15 @@ import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixeldecoder.evaluation.methods import Setting
-from pixeldecoder.evaluation.run import append_line, image_path, read_lines, read_rows
+from pixeldecoder.evaluation import need
+from pixeldecoder.evaluation.run import append_line, image_path, read_finished, read_lines, read_rows, study_settings
 from pixeldecoder.files import load_image
 
 QUESTION = (
@@ -41,18 +43,19 @@ def judge(
         The answers, one for each question.
 
     Raises:
-        ValueError: no evaluation there, no such settings, or the server does not answer.
+        ValueError: no evaluation there, no such settings, the server does not answer, or a package of the `evaluate`
+            extra is missing.
     """
-    from huggingface_hub import InferenceClient
-
-    try:
-        study = json.loads((output / "study.json").read_text())
-        settings = [str(Setting(**setting)) for setting in study["settings"]]
-    except (OSError, KeyError):
-        raise ValueError(f"{output}: expected the folder of a finished evaluation") from None
-    names = list(chosen)
+    need("judge", "jinja2", "matplotlib")  # of the report that follows
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--url {url}: expected http:// or https://, up to /v1")
+    study = read_finished(output)
+    settings = [str(setting) for setting in study_settings(study)]
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: expected at least 1")
+    names = list(dict.fromkeys(chosen))
     if not names:
-        methods = [setting["method"] for setting in study["settings"]]
+        methods = [setting.method for setting in study_settings(study)]
         names = [settings[methods.index(method)] for method in dict.fromkeys(methods)]
     if unknown := set(names) - set(settings):
         raise ValueError(f"no setting {sorted(unknown)}: expected some of {', '.join(settings)}")
@@ -60,10 +63,11 @@ def judge(
         raise ValueError(f"expected at least two settings to compare, got {names}")
     rows = {(str(setting), image): row["file"] for (setting, image), row in read_rows(output).items()}
     images = sorted({image for _, image in rows if all((name, image) in rows for name in names)})[:limit]
+    if not images:
+        raise ValueError(f"{output}: no image is there of all of {', '.join(names)}: evaluate them on the same ones")
     prompts = study["identity"]["source"].endswith(".txt")
-    client = InferenceClient(base_url=url, api_key=key, timeout=600)
     path = output / "judge.jsonl"
-    known = {_key(answer): answer for answer in read_lines(path)}
+    known = {_key(answer): answer for answer in read_lines(path) if is_answer(answer)}
     questions = [
         {"image": image, "first": a, "second": b, "model": model}
         for image in images
@@ -80,10 +84,10 @@ def judge(
                 {"type": "image_url", "image_url": {"url": _uri(picture)}},
             ]
         try:
-            reply = client.chat_completion([{"role": "user", "content": content}], model=model, temperature=0.0)
-            text = reply.choices[0].message.content or ""
+            text = _ask(url, model, key, content)
         except Exception as error:  # of the network, the server or its answer
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            detail = f": {error.read().decode(errors='replace')}" if isinstance(error, HTTPError) else ""
+            reason = " ".join(f"{error or type(error).__name__}{detail}".split())[:300]
             raise ValueError(
                 f"the judge at {url} does not answer ({reason}): check the URL (up to /v1), the model and the key; "
                 "what it answered so far is kept"
@@ -95,28 +99,45 @@ def judge(
     return [known[_key(question)] for question in questions]
 
 
+def _ask(url: str, model: str, key: str, content: list[dict[str, Any]]) -> str:
+    """Not through huggingface_hub, which asks nobody, not even this machine, where HF_HUB_OFFLINE is set."""
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0.0}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    with urlopen(request, timeout=600) as reply:
+        return str(json.load(reply)["choices"][0]["message"]["content"] or "")
+
+
 def verdicts(answers: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """Of each pair of settings, for each image that was answered in both orders: 1 if the first setting wins, 0 if the
-    second, .5 for a tie; and whether the two answers contradict each other. A contradiction is a tie."""
-    asked = {(a["model"], a["image"], a["first"], a["second"]): a["answer"] for a in answers}
+    """Of each pair of settings: `score`, for each image that was answered in both orders: 1 if the first setting wins,
+    0 if the second, .5 for a tie; `contradiction`, whether the two answers contradict each other, which is a tie; and
+    `unanswered`, for every image, whether one of its two answers is missing or says nothing."""
+    asked = {_key(answer): answer["answer"] for answer in answers}
     points = {"first": 1.0, "second": 0.0, "tie": 0.5}
-    found: dict[tuple[str, str], list[tuple[float, bool]]] = {}
-    for (model, image, a, b), answer in asked.items():
-        swapped = asked.get((model, image, b, a))
-        if answer is None or swapped is None or (b, a) in found:
-            continue
-        one, two = points[answer], 1 - points[swapped]
-        contradiction = abs(one - two) == 1
-        # A preference in one order and a tie in the other is half a one: a tie as well.
-        found.setdefault((a, b), []).append((one if one == two else 0.5, contradiction))
-    return {
-        pair: dict(zip(("score", "contradiction"), map(np.array, zip(*values, strict=True)), strict=True))
-        for pair, values in found.items()
-    }
+    found: dict[tuple[str, str], dict[str, list[Any]]] = {}
+    for model, image, a, b in asked:
+        if (b, a) in found and (model, image, b, a) in asked:
+            continue  # counted with that one
+        pair = (b, a) if (b, a) in found else (a, b)
+        one, two = (asked.get((model, image, *order)) for order in (pair, pair[::-1]))
+        lists = found.setdefault(pair, {"score": [], "contradiction": [], "unanswered": []})
+        lists["unanswered"].append(one is None or two is None)
+        if one is not None and two is not None:
+            first, second = points[one], 1 - points[two]
+            # A preference in one order and a tie in the other is half a one: a tie as well.
+            lists["score"].append(first if first == second else 0.5)
+            lists["contradiction"].append(abs(first - second) == 1)
+    return {pair: {name: np.array(values) for name, values in lists.items()} for pair, lists in found.items()}
 
 
-def _key(question: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(question[name] for name in ("model", "image", "first", "second"))
+def is_answer(content: dict[str, Any]) -> bool:
+    """Whether a line of `judge.jsonl` is undamaged."""
+    named = all(isinstance(content.get(name), str) for name in ("model", "image", "first", "second"))
+    return named and content.get("answer", "") in ("first", "second", "tie", None)
+
+
+def _key(question: dict[str, Any]) -> tuple[str, str, str, str]:
+    return question["model"], question["image"], question["first"], question["second"]
 
 
 def _uri(picture: Image.Image) -> str:

@@ -1,6 +1,7 @@
 """A picture or a prompt in, its image by one method out: a decoder, or what people would use instead."""
 
 import inspect
+import json
 import re
 import time
 import zlib
@@ -11,12 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file
 
+from pixeldecoder.convert import convert_reference_state_dict, infer_config, load_checkpoint
 from pixeldecoder.files import load_image, to_image, to_tensor
 from pixeldecoder.latents import SPACES, Frame, add_noise, decode, encode
-from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.pipeline import NANO, PixelDecoderPipeline, student_times
+from pixeldecoder.presets import HUB_REPOSITORY, PRESETS, find_preset
 from pixeldecoder.training.data import SUFFIXES, SampleRandom
 
 BASELINES = ("bicubic", "lanczos", "vae", "upscale:FOLDER_OR_HUB_ID", "spandrel:FILE")
@@ -98,6 +103,7 @@ class Making(NamedTuple):
 def decoder_run(pipeline: PixelDecoderPipeline, encoder: Any, call_kwargs: dict[str, Any], making: Making) -> Run:
     """`encoder`: makes the latents of pictures, `None`: the decoder's own."""
     pipeline.set_progress_bar_config(disable=True)
+    frame = frame_of(pipeline.config.latent_space)
 
     def run(case: Case, setting: Setting) -> tuple[torch.Tensor, float]:
         if making.prompts:
@@ -106,7 +112,7 @@ def decoder_run(pipeline: PixelDecoderPipeline, encoder: Any, call_kwargs: dict[
         else:
             assert case.small is not None and setting.sigma is not None
             sigma = setting.sigma
-            latents = making.noised(pipeline.encode_image(case.small, encoder), case, sigma, frame_of(pipeline))
+            latents = making.noised(pipeline.encode_image(case.small, encoder), case, sigma, frame)
         result, seconds = _timed(
             lambda: pipeline(
                 latents,
@@ -160,8 +166,57 @@ def baseline_run(name: str, vae: torch.nn.Module | None, frame: Frame, making: M
     return run
 
 
-def frame_of(pipeline: PixelDecoderPipeline) -> Frame:
-    space = SPACES.get(pipeline.config.latent_space or "")
+class Facts(NamedTuple):
+    """What must be known of a decoder before its turn comes."""
+
+    scale: int
+    frame: Frame
+    steps: int
+    """That it is made for."""
+    student: bool
+
+    def check(self, steps: int) -> None:
+        """Raises ValueError for steps that it cannot take."""
+        if self.student:
+            student_times(steps)
+        elif steps < 1:
+            raise ValueError(f"a decoder takes at least 1 step, got {steps}")
+
+
+def read_facts(name: str, load: Callable[[], PixelDecoderPipeline]) -> Facts:
+    """A decoder's facts, where they can be had without its weights, which are loaded when its turn comes.
+
+    Args:
+        name: as for `PixelDecoderPipeline.from_pretrained`.
+        load: called where nothing that is on this machine tells: it fetches the decoder, or says what is wrong.
+    """
+    path = NANO if name == "nano" else Path(name)
+    preset = PRESETS.get(name)
+    if preset and not isinstance(try_to_load_from_cache(HUB_REPOSITORY, preset.filename), str):
+        preset = None
+    elif path.is_file():
+        preset = find_preset(path)
+    if preset:
+        scale = preset.config.get("scale", 4)
+        return Facts(scale, frame_of(preset.latent_space), preset.num_inference_steps, preset.distilled)
+    try:
+        if path.is_file():
+            config = infer_config(convert_reference_state_dict(load_checkpoint(path)))
+            return Facts(config.get("scale", 4), "flow", 4, True)
+        files = ("model_index.json", "transformer/config.json")
+        places = [path / file if path.is_dir() else str(try_to_load_from_cache(name, file)) for file in files]
+        index, config = (json.loads(Path(place).read_text()) for place in places)
+        student = index["scheduler"][1] != "DPMSolverMultistepScheduler"
+        return Facts(config["scale"], frame_of(index["latent_space"]), index["default_num_inference_steps"], student)
+    except (OSError, ValueError, LookupError, TypeError):
+        pipeline = load()
+    student = not isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
+    steps, space = pipeline.config.default_num_inference_steps, pipeline.config.latent_space
+    return Facts(pipeline.transformer.config.scale, frame_of(space), steps, student)
+
+
+def frame_of(latent_space: str | None) -> Frame:
+    space = SPACES.get(latent_space or "")
     return space.frame if space else "flow"
 
 

@@ -1,11 +1,12 @@
 """Pictures in, numbers out: what each metric is, which way is better, and where it comes from."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,14 @@ Score = Callable[[torch.Tensor, Any, str], float]
 """Of an image (1, 3, H, W) in [-1, 1], the truth of the same shape or `None`, and the prompt."""
 
 
+Way = Literal["higher", "lower", "zero", "one"]
+WAYS: tuple[Way, ...] = get_args(Way)
+
+
 @dataclass(frozen=True)
 class Metric:
     name: str
-    better: Literal["higher", "lower", "zero", "one"]
+    better: Way
     """Which way, or which value is the right one."""
     load: Callable[[torch.device, dict[str, Path]], Any]
     """Makes the `Score`, from weights given by name and path; any error means that it cannot be had here."""
@@ -70,9 +75,11 @@ def load_metrics(
     for metric in metrics:
         try:
             scores[metric.name] = metric.load(device, weights)
+        except ModuleNotFoundError as error:
+            extra = "evaluate" if metric.light else "iqa"
+            skipped[metric.name] = f"needs {str(error.name).split('.')[0]}: pip install 'pixeldecoder[{extra}]'"
         except Exception as error:  # of other people's libraries: no network, no weights, not installed
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            skipped[metric.name] = f"{type(error).__name__}: {reason[:200]}"
+            skipped[metric.name] = _reason(error)
     return scores, skipped
 
 
@@ -83,9 +90,15 @@ def measure(
     try:
         value = score(image, truth, prompt)
         return value if math.isfinite(value) else None
-    except (ValueError, RuntimeError) as error:
-        tqdm.write(f"{name} of {picture}: {str(error).splitlines()[0][:200]}")
+    except Exception as error:  # of other people's libraries: each has errors of its own
+        tqdm.write(f"{name} of {picture}: {_reason(error)}")
         return None
+
+
+def _reason(error: Exception) -> str:
+    """In one line; before what is no sentence of ours, its kind."""
+    text = str(error).strip().split("\n")[0][:200]
+    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
@@ -373,6 +386,9 @@ def _lpips(device: torch.device, weights: dict[str, Path]) -> Score:
 def _pyiqa(name: str, device: torch.device, weights: dict[str, Path]) -> Score:
     import pyiqa
 
+    if "fid" in name or name == "inception_score":
+        raise ValueError("pyiqa computes it of folders, not of images: take fid, kid or patch_fid")
+    logging.getLogger("pyiqa").disabled = True  # it tells what it loads
     given = {"pretrained_model_path": str(weights[name])} if name in weights else {}
     metric = pyiqa.create_metric(name, device=device, **given)
 

@@ -6,19 +6,24 @@ was interrupted goes on, any number of processes share the work, and more metric
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import pixeldecoder
+from pixeldecoder.evaluation import need
 from pixeldecoder.evaluation.methods import (
     BASELINES,
     Case,
@@ -27,11 +32,11 @@ from pixeldecoder.evaluation.methods import (
     Setting,
     baseline_run,
     decoder_run,
-    frame_of,
     latents_path,
+    read_facts,
     slug,
 )
-from pixeldecoder.evaluation.metrics import METRICS, find_metrics, load_metrics, measure
+from pixeldecoder.evaluation.metrics import METRICS, WAYS, find_metrics, load_metrics, measure
 from pixeldecoder.files import load_image, save_image, to_image, to_tensor, write_whole
 from pixeldecoder.latents import Frame, load_autoencoder
 from pixeldecoder.ldm import parse_stop, partly_denoise
@@ -50,7 +55,7 @@ class Study:
     Args:
         source: a folder of pictures; shards (`.tar`, as WebDataset takes them); or a `.txt` file, a prompt a line.
         output: folder of the images, the tables and the report.
-        decoders: by name, what loads each.
+        decoders: by name as `PixelDecoderPipeline.from_pretrained` takes it, what loads each, when its turn comes.
         encoder: for a decoder, what makes its latents; `None`: its own encoder.
         baselines: of `BASELINES`.
         vae: autoencoder of the baselines that need one, by folder or Hub id.
@@ -99,35 +104,44 @@ class Study:
         """Do what is not there yet.
 
         Raises:
-            ValueError: settings that do not fit each other, the source, or what the output folder holds.
+            ValueError: settings that do not fit each other, the source, what the output folder holds, or a package of
+                the `evaluate` extra that is missing.
         """
+        shards = ("braceexpand", "webdataset") if self.source.endswith(".tar") else ()
+        need("evaluate", "jinja2", "matplotlib", "torchmetrics", *shards)
         self.state = PartialState(cpu=self.device == "cpu")
-        self.unreadable: dict[str, str] = {}
         known = find_metrics(self.metrics, self.weights)
         methods = self._methods()
-        count = sum(1 for _ in self._records())
-        self._check_folder()
+        self.cases = self._list_cases()
+        study = self._open_folder([setting for settings, _ in methods for setting in settings])
         skipped = {m.name: "for prompts alone" for m in known if m.needs == "prompt" and not self.prompts}
         skipped |= {m.name: "for pictures alone" for m in known if m.needs in ("truth", "set") and self.prompts}
         scores, missing = load_metrics(
             (m for m in known if m.name not in skipped), torch.device(self.device), self.weights
         )
         skipped |= missing
-        sets = {name: scores.pop(name) for name in list(scores) if METRICS[name].needs == "set"}
+        sets = {m.name: scores.pop(m.name) for m in known if m.needs == "set" and m.name in scores}
         for name, reason in skipped.items():
-            if self.state.is_main_process:
-                print(f"skipped {name}: {reason}")
-        self.rows = read_rows(self.output)
+            self._tell(f"skipped {name}: {reason}")
+        if self.state.is_main_process:
+            study["better"] = study.get("better", {}) | {metric.name: metric.better for metric in known}
+            write_json(self.output / "study.json", study)
         if self.prompts:
             self._generate()
-        todo = count * sum(len(settings) for settings, _ in methods)
+        else:
+            self._cut_truths()
+        todo = len(self.cases) * sum(len(settings) for settings, _ in methods)
         with tqdm(total=todo, desc="images", disable=not self.state.is_main_process) as bar:
             for settings, load in methods:
                 self._run_method(settings, load, scores, bar)
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            self._write([setting for settings, _ in methods for setting in settings], list(scores), sets, skipped)
+            self._write(sets, skipped)
         self.state.wait_for_everyone()
+
+    def _tell(self, line: str) -> None:
+        if self.state.is_main_process:
+            print(line)
 
     # What there is to do, and on what.
 
@@ -135,25 +149,26 @@ class Study:
         """Settings, with what loads their method when its turn comes, so that one at a time is in memory."""
         if not self.decoders and not self.baselines:
             raise ValueError("nothing to evaluate: give a decoder or a baseline")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit {self.limit}: expected at least 1")
         found: list[tuple[list[Setting], Callable[[], Run]]] = []
         scales, frames = {}, []
+        stops, sigmas = dict.fromkeys(self.stops), dict.fromkeys(self.sigmas)  # each once, in order
         for name, load in self.decoders.items():
-            pipeline = load()
-            config = pipeline.transformer.config
-            scales[name] = config.scale
-            frames.append(frame_of(pipeline))
+            facts = read_facts(name, load)
+            scales[name] = facts.scale
+            frames.append(facts.frame)
             settings = []
-            for steps in self.steps or (pipeline.config.default_num_inference_steps,):
-                pipeline._set_times(steps, None, 512, 512, torch.device("cpu"))  # complains if it cannot
+            for steps in dict.fromkeys(self.steps or (facts.steps,)):
+                facts.check(steps)
                 if self.prompts:
-                    settings += [Setting(name, steps, stop=stop) for stop in self.stops]
+                    settings += [Setting(name, steps, stop=stop) for stop in stops]
                     continue
-                for sigma in self.sigmas:
+                for sigma in sigmas:
                     settings.append(Setting(name, steps, sigma))
                     if self.as_if_clean and sigma > 0:
                         settings.append(Setting(name, steps, sigma, 0.0))
             found.append((settings, partial(self._load_decoder, load)))
-            del pipeline
         if len(set(scales.values())) > 1:
             listed = ", ".join(f"{name} {scale}x" for name, scale in scales.items())
             raise ValueError(f"decoders of different scale do not fit in one table: {listed}: evaluate them separately")
@@ -163,13 +178,15 @@ class Study:
                 raise ValueError(f"sigma {sigma}: expected a noise level in [0, 1]")
         for stop in self.stops:
             parse_stop(stop)
+        if self.scale < 1:
+            raise ValueError(f"scale {self.scale}: expected at least 1")
         cell = 16 * self.scale
         if self.crop is not None and (self.crop < cell or self.crop % cell):
             raise ValueError(f"crop {self.crop}: expected a multiple of {cell} pixels, a cell of the latents")
         if self.prompts and self.pipe is None:
             raise ValueError("prompts need a latent model that follows them: give a diffusers pipeline")
         first = []
-        for name in self.baselines:
+        for name in dict.fromkeys(self.baselines):
             kind = name.split(":")[0]
             if name not in ("bicubic", "lanczos", "vae") and not (kind in ("upscale", "spandrel") and ":" in name):
                 raise ValueError(f'no baseline "{name}": expected one of {", ".join(BASELINES)}')
@@ -178,61 +195,50 @@ class Study:
                 raise ValueError(f"baseline {name}: a prompt has no small picture to enlarge: take vae")
             if of_latents and not self.prompts and self.vae is None:
                 raise ValueError(f"baseline {name} needs an autoencoder: give its folder or Hub id")
-            sigmas = self.sigmas if of_latents and not self.prompts else (None,)
-            first.append(([Setting(name, sigma=sigma) for sigma in sigmas], partial(self._load_baseline, name, frames)))
+            noise = sigmas if of_latents and not self.prompts else (None,)
+            first.append(([Setting(name, sigma=sigma) for sigma in noise], partial(self._load_baseline, name, frames)))
         return first + found  # the quick ones, and their errors, first
 
-    def _records(self) -> Iterator[Record]:
+    def _list_cases(self) -> list[Case]:
+        """What there is to decode, by name alone."""
         source = Path(self.source)
+        self.records: Callable[[], Iterable[Record]] = tuple
+        self.unreadable: dict[str, str] = {}
         if self.prompts:
-            lines = [line.strip() for line in source.read_text().splitlines() if line.strip()]
+            try:
+                lines = [line.strip() for line in source.read_text().splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{source}: expected text in UTF-8: {error}") from None
             if not lines:
                 raise ValueError(f"{source}: expected a prompt in each line, found none")
-            found: Any = [Record(line, line, (0, 0), Image.Image) for line in dict.fromkeys(lines)]
-        elif source.suffix == ".tar" or not source.exists():
-            if source.suffix != ".tar":
-                raise ValueError(f"{source}: no such folder, and neither shards (.tar) nor prompts (.txt)")
+            return [Case(line, line) for line in list(dict.fromkeys(lines))[: self.limit]]
+        if source.suffix == ".tar":
             shards = Shards(self.source)
-            self.unreadable, found = shards.skipped.reasons, shards.once()
-        else:
+            self.unreadable, self.records = shards.skipped.reasons, shards.once
+        elif source.exists():
             folder = Folder(source)
-            self.unreadable, found = folder.skipped.reasons, folder.items
+            self.unreadable, self.records = folder.skipped.reasons, lambda: folder.items
+        else:
+            raise ValueError(f"{source}: no such folder, and neither shards (.tar) nor prompts (.txt)")
         least = self.crop or 16 * self.scale
-        for index, record in enumerate(found):
-            if index == self.limit:
-                return
-            if not self.prompts and min(record.size) < least:
+        captions = {}
+        for record in islice(self.records(), self.limit):
+            if min(record.size) < least:
                 width, height = record.size
                 raise ValueError(
                     f"{record.name} is {width} x {height} pixels, smaller than the crop of {least}: take a smaller "
                     "crop, or the picture out"
                 )
-            yield record
+            captions[record.name] = record.caption
+        return [Case(name, caption) for name, caption in captions.items()]
 
-    def _cases(self) -> Iterator[Case]:
-        """This process's share."""
-        for index, record in enumerate(self._records()):
-            if index % self.state.num_processes != self.state.process_index:
-                continue
-            case = Case(record.name, record.caption)
-            if not self.prompts:
-                try:
-                    truth = to_tensor(record.open())
-                except UNREADABLE as error:
-                    if record.name not in self.unreadable:
-                        self.unreadable[record.name] = str(error)
-                        self._append({"unreadable": record.name, "reason": str(error)})
-                    continue
-                height, width = truth.shape[-2:]
-                cell = 16 * self.scale
-                wanted = [self.crop or side // cell * cell for side in (height, width)]
-                top, left = (height - wanted[0]) // 2, (width - wanted[1]) // 2
-                case.truth = truth[..., top : top + wanted[0], left : left + wanted[1]].to(self.device)
-                case.small = shrink(case.truth, self.scale)
-            yield case
+    def _mine(self) -> list[Case]:
+        """This process's share of what can be read."""
+        share = self.cases[self.state.process_index :: self.state.num_processes]
+        return [case for case in share if case.name not in self.unreadable]
 
-    def _check_folder(self) -> None:
-        """Refuse to mix what does not belong together in the output folder."""
+    def _open_folder(self, settings: list[Setting]) -> dict[str, Any]:
+        """What `study.json` holds, or shall hold; refuses to mix what does not belong together in the output folder."""
         # Through JSON, as what is there went.
         identity = json.loads(
             json.dumps(
@@ -241,19 +247,33 @@ class Study:
                 | {"pipe_kwargs": self.pipe_kwargs}
             )
         )
-        path = self.output / "study.json"
-        if path.exists():
-            there = json.loads(path.read_text())["identity"]
-            if different := [key for key in identity if there.get(key) != identity[key]]:
-                key = different[0]
+        study = read_study(self.output) or {"identity": identity}
+        if different := [key for key in identity if study["identity"].get(key) != identity[key]]:
+            key = different[0]
+            raise ValueError(
+                f"{self.output} holds an evaluation with {key} {study['identity'].get(key)}, not {identity[key]}: take "
+                "another folder"
+            )
+        finished = study_settings(study)
+        self.rows = read_rows(self.output)
+        before = list(dict.fromkeys([*finished, *(setting for setting, _ in self.rows)]))
+        # As the tables had them, then what is new; baselines first.
+        every = dict.fromkeys([*finished, *settings, *before])
+        self.settings = sorted(every, key=lambda setting: setting.steps is not None)
+        folders: dict[str, Setting] = {}
+        for setting in self.settings:
+            other = folders.setdefault(slug(str(setting)), setting)
+            if other != setting:
                 raise ValueError(
-                    f"{self.output} holds an evaluation with {key} {there.get(key)}, not {identity[key]}: take another "
-                    "folder"
+                    f'two settings, of {other.method} and of {setting.method}, would both be called "{setting}" in the '
+                    f"tables of {self.output}: rename one, or take another folder"
                 )
-        self.state.wait_for_everyone()
-        if self.state.is_main_process and not path.exists():
-            write_json(path, {"identity": identity})
-        self.state.wait_for_everyone()
+        if before:
+            added = [setting for setting in settings if setting not in before]
+            self._tell(f"{self.output} holds {'; '.join(map(str, before))}")
+            self._tell(f"this run adds {'; '.join(map(str, added)) or 'no setting'}")
+        self.state.wait_for_everyone()  # all have read it, before one writes
+        return study
 
     # What is done, and what is written of it.
 
@@ -276,10 +296,10 @@ class Study:
         """Latents for every stop, in full runs for those that are not there."""
         assert self.pipe is not None
         pipe = None
-        for case in tqdm(self._cases(), desc="latents", disable=not self.state.is_main_process):
+        for case in tqdm(self._mine(), desc="latents", disable=not self.state.is_main_process):
             for stop in self.stops:
-                own = self.baselines and not latents_path(self.output, case).exists()
-                if latents_path(self.output, case, stop).exists() and not own:
+                own = self.baselines and not is_whole(latents_path(self.output, case))
+                if is_whole(latents_path(self.output, case, stop)) and not own:
                     continue
                 if pipe is None:
                     pipe = self.pipe()
@@ -293,88 +313,124 @@ class Study:
                 tensors = {"latents": taken.latents.cpu().contiguous(), "sigma": torch.tensor(taken.sigma)}
                 write_whole(latents_path(self.output, case, stop), partial(save_file, tensors))
 
+    def _cut_truths(self) -> None:
+        """Cut the truths that are not there yet out of the pictures: one is read once, whatever is made of it."""
+        missing = {case.name: case for case in self._mine() if not is_whole(self._truth_path(case))}
+        with tqdm(total=len(missing), desc="crops", disable=not missing or not self.state.is_main_process) as bar:
+            for record in self.records() if missing else ():
+                if (case := missing.pop(record.name, None)) is not None:
+                    self._cut_truth(record, case)
+                    bar.update()
+                if not missing:
+                    break
+
+    def _cut_truth(self, record: Record, case: Case) -> None:
+        try:
+            image = record.open().convert("RGB")
+        except UNREADABLE as error:
+            self.unreadable[case.name] = str(error)
+            self._append({"unreadable": case.name, "reason": str(error)})
+            return
+        cell = 16 * self.scale
+        width, height = (self.crop or side // cell * cell for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        save_image(image.crop((left, top, left + width, top + height)), self._truth_path(case))
+
+    def _truth_path(self, case: Case) -> Path:
+        return image_path(self.output, "truth", case.file)
+
     def _run_method(self, settings: list[Setting], load: Callable[[], Run], scores: dict[str, Any], bar: tqdm) -> None:
         run: Run | None = None
-        for case in self._cases():
-            if case.truth is not None and not (truth := image_path(self.output, "truth", case.file)).exists():
-                save_image(to_image(case.truth), truth)
+        for case in self._mine():
+            opened = None
             for setting in settings:
                 bar.update(self.state.num_processes)
-                row = self.rows.setdefault((setting, case.name), {})
-                path = image_path(self.output, setting, case.file)
-                if path.exists() and row and all(name in row for name in scores):
+                row, path = self.rows.get((setting, case.name)), image_path(self.output, setting, case.file)
+                if row is not None and not is_whole(path):
+                    row = None
+                if row is not None and scores.keys() <= row.keys():
                     continue
-                if not path.exists() or not row:
+                opened = opened or self._opened(case)
+                if row is None:
                     run = run or load()
-                    image, seconds = run(case, setting)
+                    image, seconds = run(opened, setting)
                     save_image(to_image(image), path)
-                    row |= {"image": case.name, "file": case.file, "seconds": seconds} | asdict(setting)
+                    row = {"image": case.name, "file": case.file, "seconds": seconds} | asdict(setting)
                 image = to_tensor(load_image(path)).to(self.device)  # as 8 bits hold it
                 for name in scores:
                     if name not in row:
-                        row[name] = measure(name, scores[name], image, case.truth, case.caption, case.name)
+                        row[name] = measure(name, scores[name], image, opened.truth, case.caption, case.name)
                 self._append(row)
+
+    def _opened(self, case: Case) -> Case:
+        """With its pictures, if it has any."""
+        if self.prompts:
+            return case
+        truth = to_tensor(load_image(self._truth_path(case))).to(self.device)
+        return replace(case, truth=truth, small=shrink(truth, self.scale))
 
     def _append(self, row: dict[str, Any]) -> None:
         append_line(self.output / f"rows-{self.state.process_index}.jsonl", row)
 
-    def _write(
-        self, settings: list[Setting], metrics: list[str], sets: dict[str, Any], skipped: dict[str, str]
-    ) -> None:
-        self.rows = read_rows(self.output, self.unreadable)
-        columns = ["seed", "crop", "scale", *(m for m in METRICS if m in metrics)]
-        columns = [
-            "image",
-            "file",
-            *asdict(settings[0]),
-            *columns,
-            *(m for m in metrics if m not in METRICS),
-            "seconds",
-        ]
-        order = {setting: index for index, setting in enumerate(settings)}
-        chosen = sorted((key for key in self.rows if key[0] in order), key=lambda key: (order[key[0]], key[1]))
+    def _write(self, sets: dict[str, Any], skipped: dict[str, str]) -> None:
+        """The table and the study of all that the folder holds, from this run or another."""
+        rows = read_rows(self.output, self.unreadable)
+        if not rows:
+            name, reason = next(iter(self.unreadable.items()))
+            raise ValueError(f"{self.source}: no picture can be read, such as {name}: {reason}")
+        study = read_study(self.output) or {}
+        better = {name: study["better"][name] for name in [*METRICS, *study["better"]] if name in study["better"]}
+        metrics = [name for name in better if any(name in row for row in rows.values())]
+        order = {setting: index for index, setting in enumerate(self.settings)}
+        chosen = sorted((key for key in rows if key[0] in order), key=lambda key: (order[key[0]], key[1]))
+        columns = ["image", "file", *Setting.__dataclass_fields__, "seed", "crop", "scale", *metrics, "seconds"]
 
         def write(path: Path) -> None:
             with path.open("w", newline="") as file:
                 table = csv.DictWriter(file, columns, extrasaction="ignore")
                 table.writeheader()
-                study = {"seed": self.seed, "crop": self.crop, "scale": self.scale}
-                table.writerows({**study, **self.rows[key]} for key in chosen)
+                same = {"seed": self.seed, "crop": self.crop, "scale": self.scale}
+                table.writerows({**same, **rows[key]} for key in chosen)
 
         write_whole(self.output / "results.csv", write)
-        files = [(key[0], self.rows[key]["file"]) for key in chosen]
-        study = json.loads((self.output / "study.json").read_text())
+        files: dict[Setting, list[str]] = {}
+        for key in chosen:
+            files.setdefault(key[0], []).append(rows[key]["file"])
+        seen = {image for _, image in rows}
         study |= {
-            "settings": [asdict(setting) for setting in settings],
-            "sets": {name: self._compare_sets(name, make, files, skipped) for name, make in sets.items()},
+            "settings": [asdict(setting) for setting in files],
+            "better": better,
+            "sets": study.get("sets", {})
+            | {name: self._compare_sets(name, make, files, skipped) for name, make in sets.items()},
             "skipped": skipped,
-            "unreadable": self.unreadable,
+            "unreadable": {name: reason for name, reason in self.unreadable.items() if name not in seen},
             "made_by": f"pixeldecoder {pixeldecoder.__version__}, PyTorch {torch.__version__}, {self.device}",
         }
         write_json(self.output / "study.json", study)
 
     def _compare_sets(
-        self, name: str, make: Callable[..., Any], files: list[tuple[Setting, str]], skipped: dict[str, str]
-    ) -> list[float | None]:
-        """FID or KID of every setting."""
-        values: list[float | None] = []
-        settings = list(dict.fromkeys(setting for setting, _ in files))
+        self, name: str, make: Callable[..., Any], files: dict[Setting, list[str]], skipped: dict[str, str]
+    ) -> dict[str, float | None]:
+        """FID or KID of every setting that has all pictures: of fewer it would be another quantity."""
+        values: dict[str, float | None] = {}
+        every = max(files.values(), key=len)
         try:
             torch.manual_seed(self.seed)  # KID draws subsets
-            count = sum(len(_patches(name, self.output, "truth", file)) for s, file in files if s == settings[0])
-            accumulator = make(**({"subset_size": min(1000, count)} if name == "kid" else {})).to(self.device)
-            for index, setting in enumerate(settings):
+            count = sum(len(_patches(name, self.output, "truth", file)) for file in every)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the memory that features take
+                accumulator = make(**({"subset_size": min(1000, count)} if name == "kid" else {})).to(self.device)
+            for file in every:
+                accumulator.update(_patches(name, self.output, "truth", file).to(self.device), real=True)
+            for setting in (setting for setting, own in files.items() if own == every):
                 accumulator.reset()
-                for file in (file for s, file in files if s == setting):
-                    if index == 0:
-                        accumulator.update(_patches(name, self.output, "truth", file).to(self.device), real=True)
+                for file in every:
                     accumulator.update(_patches(name, self.output, setting, file).to(self.device), real=False)
                 value = accumulator.compute()
-                values.append(float(value[0] if isinstance(value, tuple) else value))
+                values[str(setting)] = float(value[0] if isinstance(value, tuple) else value)
         except (ValueError, RuntimeError) as error:
             skipped[name] = str(error).splitlines()[0][:200]
             print(f"skipped {name}: {skipped[name]}")
-            values = [None] * len(settings)
         return values
 
 
@@ -382,28 +438,106 @@ def image_path(output: Path, setting: Setting | str, file: str) -> Path:
     return output / "images" / slug(str(setting)) / f"{file}.png"
 
 
+def is_whole(path: Path) -> bool:
+    """Whether what an earlier run wrote, a picture or latents, is there and undamaged."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # its header tells how long it must be
+                return True
+        with Image.open(path) as image:
+            image.verify()
+            return True
+    except Exception:  # whatever damage makes of a file
+        return False
+
+
+def read_study(output: Path) -> dict[str, Any] | None:
+    """What an evaluation keeps in a folder beside images and rows; `None` if there is none.
+
+    Raises:
+        ValueError: it is damaged; the message names the file.
+    """
+    path = output / "study.json"
+    try:
+        study = json.loads(path.read_bytes())
+        kinds = {"identity": dict, "settings": list, "better": dict, "sets": dict, "skipped": dict, "unreadable": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(study.get(name, kind()), kind)]
+        wrong += sorted({"source", "seed", "crop", "scale"} - study["identity"].keys())
+        wrong += [name for name, way in study.get("better", {}).items() if way not in WAYS]
+        wrong += [name for name, values in study.get("sets", {}).items() if not all(map(_is_number, values.values()))]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} missing or not as expected")
+        study_settings(study)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path}: not what an evaluation writes ({reason}): take another folder") from None
+    return study
+
+
+def read_finished(output: Path) -> dict[str, Any]:
+    """As `read_study`.
+
+    Raises:
+        ValueError: there is no finished evaluation.
+    """
+    study = read_study(output) or {}
+    if not (study.get("settings") and study.keys() >= {"better", "sets", "skipped", "unreadable", "made_by"}):
+        raise ValueError(f"{output}: expected the folder of a finished evaluation")
+    return study
+
+
+def study_settings(study: dict[str, Any]) -> list[Setting]:
+    return [_setting(content) for content in study.get("settings", ())]
+
+
 def read_rows(output: Path, unreadable: dict[str, str] | None = None) -> dict[tuple[Setting, str], dict[str, Any]]:
-    """What the processes wrote, by setting and picture."""
+    """What the processes wrote, by setting and picture; without what is damaged."""
     rows: dict[tuple[Setting, str], dict[str, Any]] = {}
     for path in sorted(output.glob("rows-*.jsonl")):
         for row in read_lines(path):
-            if "unreadable" in row:
+            if isinstance(name := row.get("unreadable"), str):
                 if unreadable is not None:
-                    unreadable[row["unreadable"]] = row["reason"]
+                    unreadable[name] = str(row.get("reason"))
                 continue
-            setting = Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
-            rows.setdefault((setting, row["image"]), {}).update(row)
+            try:
+                setting, name, file = _setting(row), row["image"], row["file"]
+                numbers = [row["seconds"], *(row[key] for key in row.keys() - _NO_METRICS)]
+                if file == Case(name, "").file and all(map(_is_number, numbers)):
+                    rows.setdefault((setting, name), {}).update(row)
+            except (KeyError, TypeError, AttributeError):
+                continue
     return rows
 
 
+_NO_METRICS = {"image", "file", *Setting.__dataclass_fields__}
+
+
+def _setting(content: dict[str, Any]) -> Setting:
+    """Raises KeyError or TypeError for what is none."""
+    setting = Setting(**{name: content[name] for name in Setting.__dataclass_fields__})
+    numbers = isinstance(setting.steps, int | None) and _is_number(setting.sigma) and _is_number(setting.told)
+    if not (isinstance(setting.method, str) and isinstance(setting.stop, str | None) and numbers):
+        raise TypeError(f"no setting: {content}")
+    return setting
+
+
+def _is_number(value: Any) -> bool:
+    """Or nothing."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON, a line each; without what an interruption tore."""
+    """JSON objects, a line each; without what an interruption tore, or what is none."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(content, dict):
+            found.append(content)
     return found
 
 
