@@ -16,6 +16,7 @@ import threading
 import time
 import types
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from pixeldecoder.convert import export_reference_state_dict
 from pixeldecoder.evaluation import methods, run
 from pixeldecoder.evaluation.judge import verdicts
 from pixeldecoder.evaluation.methods import Facts, Setting, read_facts
+from pixeldecoder.evaluation.metrics import METRICS
 from pixeldecoder.evaluation.report import interval, write_report
 from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS, Preset
@@ -364,6 +366,56 @@ def test_whatever_pyiqa_has(parts, tmp_path, pyiqa, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "skipped lpips: needs pyiqa: pip install 'pixeldecoder[iqa]'" in printed
     assert len([name for name in ("brightness", "distance", "psnr") if name in table(output)[0]]) == 3
+
+
+class MeanDistance:
+    """In place of FID, whose network must be fetched: how far the means of the pictures are apart."""
+
+    def __init__(self):
+        self.values = {True: [], False: []}
+
+    def to(self, device):
+        return self
+
+    def reset(self):
+        self.values[False] = []
+
+    def update(self, pictures, real):
+        assert pictures.dtype == torch.uint8 and pictures.shape[1:] == (3, 256, 256)
+        self.values[real] += list(pictures.float())
+
+    def compute(self):
+        assert len(self.values[True]) == len(self.values[False])
+        return (torch.stack(self.values[True]).mean() - torch.stack(self.values[False]).mean()).abs()
+
+
+def test_metrics_of_all_pictures_together(tmp_path, monkeypatch):
+    for name in ("fid", "patch_fid"):
+        stand_in = replace(METRICS[name], load=lambda device, weights: MeanDistance)
+        monkeypatch.setitem(METRICS, name, stand_in)
+    output = tmp_path / "out"
+    (tmp_path / "photos").mkdir()
+    for index in range(2):
+        photo(index, (512, 256)).save(tmp_path / "photos" / f"{index}.png")
+
+    def run(*args):
+        assert evaluate(tmp_path, output, "--scale", 2, "--metrics", *args, decoders=()) == 0
+        return json.loads((output / "study.json").read_text())["sets"]
+
+    def mean(name):
+        return np.mean([np.array(Image.open(path)) for path in (output / "images" / name).iterdir()])
+
+    found = run("patch_fid", "--baselines", "bicubic", "lanczos")
+    assert list(found) == ["patch_fid"]
+    for name in ("bicubic", "lanczos"):
+        assert found["patch_fid"][name] == pytest.approx(abs(mean(name) - mean("truth")), abs=1e-3)
+    assert found["patch_fid"]["bicubic"] != found["patch_fid"]["lanczos"]
+    # Of whole pictures: of fewer pictures than the others' it would be another quantity, and is left out.
+    shutil.rmtree(output)
+    found = run("fid", "--crop", 256, "--baselines", "bicubic")
+    assert run("fid", "--crop", 256, "--baselines", "lanczos", "--limit", 1) == found
+    report = (output / "report.md").read_text().split("## All pictures together")[1]
+    assert f"| bicubic | {found['fid']['bicubic']:.3f} |"[:15] in report and "| lanczos | – |" in report
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib", "torchmetrics"])

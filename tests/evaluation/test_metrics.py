@@ -21,6 +21,9 @@ from pixeldecoder.evaluation.metrics import (
     ciede2000,
     find_metrics,
     load_metrics,
+    measure,
+    psnr,
+    spectral_error,
     texture,
     texture_map,
 )
@@ -105,6 +108,52 @@ def test_texture_tells_where_it_was_invented():
     assert ours.shape == (3, 6)
     assert (ours[:, :2] / true[:, :2] > 100).all() and (ours[:, 4:] / true[:, 4:]).sub(1).abs().max() < 0.05
     assert math.isnan(texture(truth[..., 96:], truth[..., 96:], "flat"))
+
+
+@pytest.mark.parametrize(("deviation", "where"), [(2.45, "flat"), (2.55, "textured")])
+def test_flat_is_below_two_and_a_half_of_255(deviation, where):
+    """A chessboard, all of which is high frequency; luma spans 219 of 255. The noise of 8 bits counts, too."""
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
+    amplitude = math.sqrt(deviation**2 - 1 / 12) * 2 / 219
+    truth = (board * amplitude).expand(1, 3, -1, -1)
+    other = {"flat": "textured", "textured": "flat"}[where]
+    assert texture(truth * 10, truth, where) > 19 and math.isnan(texture(truth * 10, truth, other))
+
+
+def test_spectral_error_in_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.2 * torch.randn(1, 1, 256, 256, generator=generator).expand(-1, 3, -1, -1)
+    twice = 20 * math.log10(2)
+    assert spectral_error(2 * noise + 0.1, noise) == pytest.approx(twice, abs=0.01)  # brightness is no detail
+    # A wave in the middle of one band of the 32, 4 of 256 cycles each, changes this alone.
+    wave = torch.cos(2 * math.pi * 42 / 256 * torch.arange(256)).expand_as(noise)
+    weak, strong = noise / 100 + wave / 4, noise / 100 + wave / 2
+    assert spectral_error(strong, weak) == pytest.approx(twice / 32, rel=0.02)
+    # The edges of a ramp are no detail, either: a Hann window's side lobes are low.
+    ramp = torch.linspace(-0.5, 0.5, 256).expand_as(noise)
+    assert spectral_error(ramp, torch.zeros_like(ramp)) < 4
+    # Without any detail there is the rounding to 8 bits, 1/12 of a step squared, in every band.
+    step = 255 * 2 / 219 * math.sqrt(1 / 12) / 255
+    rough = step * torch.randn(1, 1, 512, 512, generator=generator).expand(-1, 3, -1, -1)
+    assert spectral_error(rough, torch.zeros_like(rough)) == pytest.approx(10 * math.log10(2), abs=0.1)
+
+
+def test_border_and_psnr_in_closed_form():
+    steps = torch.where(torch.arange(1, 64) % 16 == 0, 3.0, 1.0)
+    profile = torch.cat([torch.zeros(1), steps.cumsum(0)])
+    picture = (profile + profile[:, None]).expand(1, 3, -1, -1) / 1000
+    assert border(picture) == pytest.approx(3, rel=1e-3)
+    assert psnr(picture, picture) == pytest.approx(100)
+    assert psnr(picture + 0.02, picture) == pytest.approx(40, abs=1e-3)  # 1 % of the range
+
+
+def test_measure_tells_what_it_cannot(capsys):
+    image = torch.zeros(1, 3, 8, 8)
+    assert measure("x", lambda *args: 2.5, image, image, "", "a.png") == 2.5
+    assert measure("x", lambda *args: math.nan, image, image, "", "a.png") is None
+    assert capsys.readouterr().out == ""
+    assert measure("x", lambda *args: {}["y"], image, image, "", "a.png") is None
+    assert capsys.readouterr().out == "x of a.png: KeyError: 'y'\n"
 
 
 def test_spectral_error_and_border():

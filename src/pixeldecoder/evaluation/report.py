@@ -242,7 +242,7 @@ def _plots(rows: Rows, metrics: list[Metric]) -> str:
         return ""
     methods = list(dict.fromkeys(setting.method for setting in rows))
     colours = colormaps["tab10" if len(methods) <= 10 else "turbo"]
-    figure = Figure(figsize=(4 * len(axes), 3 * len(chosen) + 0.12 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(4 * len(axes), 3 * len(chosen) + 0.15 * len(rows)), layout="constrained")
     grid = figure.subplots(len(chosen), len(axes), squeeze=False)
     for name, column in zip(axes, grid.T, strict=True):
         # Settings that differ in nothing but what is on the axis are one curve.
@@ -271,11 +271,13 @@ def _plots(rows: Rows, metrics: list[Metric]) -> str:
         for metric, plot in zip(chosen, column, strict=True):
             plot.set_xlabel({"seconds": "seconds (median)"}.get(name, name))
             plot.set_ylabel(f"{metric.title} {ARROWS[metric.better]}")
+            if name == "steps":
+                plot.xaxis.get_major_locator().set_params(integer=True)
             if name == "seconds" and plot.lines:
                 scale_log(plot.xaxis)
         # Below all, so that it lies on nothing. A space first, as matplotlib leaves out what begins with "_".
         labels = [f" {label}" for label in legend]
-        column[-1].legend(legend.values(), labels, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        column[-1].legend(legend.values(), labels, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of signs in names that its font has not
