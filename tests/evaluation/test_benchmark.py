@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from pixeldecoder.cli import main
+from pixeldecoder.evaluation import benchmark, scale_log
 from pixeldecoder.evaluation.benchmark import _baseline_run, check_configuration
 
 
@@ -49,3 +51,66 @@ def test_configurations():
 def test_baselines(name):
     image = _baseline_run({"device": "cpu", "size": 256}, name)()
     assert image.shape == (1, 3, 256, 256) and image.min() >= 0 and image.max() <= 1
+
+
+def numbers(axis):
+    """What is written at the ticks that are seen; it is where it says."""
+    low, high = axis.get_view_interval()
+    found = {}
+    for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True):
+        if low <= place <= high and text.get_text():
+            found[place] = float(text.get_text().replace("\N{MINUS SIGN}", "-"))
+    assert list(found.values()) == pytest.approx(list(found), rel=1e-4)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(0.58, 0.64), (0.9, 1.1), (1.45, 1.4501), (3, 9), (0.5, 0.5), (0.58, 4.6), (1, 300), (1e-3, 1e3), (1e-5, 1e9)],
+)
+def test_axes_have_numbers(values):
+    axes = Figure().subplots()
+    axes.plot(values, values, marker="o")
+    for axis in (axes.xaxis, axes.yaxis):
+        scale_log(axis)
+        assert 3 <= len(numbers(axis)) <= 12
+        assert axis.get_scale() == "log"
+
+
+def test_plot(tmp_path, monkeypatch):
+    """Time and memory of each configuration, with numbers on every axis, however alike they are."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or save(self, *args, **kwargs)
+    )
+    results = [
+        {"configuration": name, "size": size, "seconds": seconds, "peak_memory": memory}
+        for name, size, seconds, memory in (
+            ("a", 256, 1.0, 0.60e9), ("b", 256, 1.2, 0.61e9), ("a", 512, 4.0, 0.62e9), ("b", 512, 5.0, 0.64e9),
+        )
+    ]  # fmt: skip
+    report = {"decoder": "nano", "device": "CPU", "threads": 1, "results": results}
+    benchmark.plot(report, tmp_path / "new" / "benchmark.png")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["benchmark.png"]
+    time, memory = figures[0].axes
+    assert [list(line.get_ydata()) for line in time.lines] == [[1.0, 4.0], [1.2, 5.0]]
+    assert [list(line.get_ydata()) for line in memory.lines] == [[0.6, 0.62], [0.61, 0.64]]
+    assert [text.get_text() for text in time.get_legend().get_texts()] == ["a", "b"]
+    for axes in (time, memory):
+        assert numbers(axes.xaxis) == [256, 512] and len(numbers(axes.yaxis)) >= 3
+
+
+def test_startup(tmp_path, monkeypatch, capsys):
+    """The CPU time of processes, and not of one that ends otherwise than it should."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "STARTUP", {("--help",): 0, ("upscale", "missing.png", "x.png"): 2})
+    assert main(["benchmark", "--startup", "--repeats", "1", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["pixeldecoder --help", "pixeldecoder upscale missing.png x.png"]
+    assert all(0.01 < float(line.split()[-4]) < 60 and line.endswith(" s of CPU") for line in lines)
+    monkeypatch.setattr(benchmark, "STARTUP", {("--help",): 2})
+    assert main(["benchmark", "--startup", "--repeats", "1"]) == 2
+    assert "pixeldecoder --help: exit code 0, expected 2" in capsys.readouterr().err
+    assert main(["benchmark", "--startup", "--repeats", "0"]) == 2
+    assert not list(tmp_path.iterdir())
