@@ -2,7 +2,9 @@
 
 import json
 import math
+import types
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -51,6 +53,30 @@ def test_configurations():
 def test_baselines(name):
     image = _baseline_run({"device": "cpu", "size": 256}, name)()
     assert image.shape == (1, 3, 256, 256) and image.min() >= 0 and image.max() <= 1
+
+
+def test_numbers_of_a_report(monkeypatch):
+    """Medians of the timed runs, and how far an image is from the first configuration's."""
+
+    class Worker:
+        def __init__(self, task):
+            self.process = types.SimpleNamespace(kill=lambda: None)
+            self.value = {"float32": 0.0, "bfloat16": 0.1, "vae": 0.1}[task["configuration"]]
+            self.times = iter([1.0, 5.0, 3.0])
+            np.save(task["image"], np.full((1, 3, 4, 4), self.value, dtype=np.float32))
+
+        def ask(self, what):
+            return {"seconds": next(self.times)} if what == "run" else {"peak_memory": 7}
+
+    monkeypatch.setattr(benchmark, "_Worker", Worker)
+    report = benchmark.benchmark(["float32", "bfloat16", "vae"], [64], repeats=3, progress=lambda line: None)
+    first, second, other = report["results"]
+    for row in report["results"]:
+        assert (row["seconds"], row["fastest"], row["slowest"], row["peak_memory"]) == (3.0, 1.0, 5.0, 7)
+    assert first["psnr_to_first"] is None and first["largest_difference_to_first"] == 0
+    assert second["psnr_to_first"] == pytest.approx(20, abs=1e-4)
+    assert second["largest_difference_to_first"] == pytest.approx(0.1)
+    assert other["psnr_to_first"] is None and other["largest_difference_to_first"] is None  # of other latents
 
 
 def numbers(axis):

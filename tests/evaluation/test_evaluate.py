@@ -1,9 +1,11 @@
 """`pixeldecoder evaluate`, `compare` and `judge` on tiny real components: pictures, shards, prompts, bad input."""
 
+import base64
 import csv
 import gc
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -38,9 +40,9 @@ from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
 from pixeldecoder.convert import export_reference_state_dict
 from pixeldecoder.evaluation import methods, run
-from pixeldecoder.evaluation.judge import verdicts
-from pixeldecoder.evaluation.methods import Facts, Setting, read_facts
-from pixeldecoder.evaluation.metrics import METRICS
+from pixeldecoder.evaluation.judge import _uri, verdicts
+from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_facts
+from pixeldecoder.evaluation.metrics import METRICS, find_metrics
 from pixeldecoder.evaluation.report import interval, write_report
 from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS, Preset
@@ -115,6 +117,10 @@ def test_table_and_report(parts, finished):
     report = (finished / "report.md").read_text()
     for text in ("5 images", "decoder, 2 steps, sigma 0.4, told 0", "Texture in flat regions", "worst of decoder", "["):
         assert text in report
+    for kind, number in (("worst", 3), ("best", 2)):  # by PSNR, the first headline that is there
+        titles = [line for line in report.splitlines() if line.startswith(f"**{kind} of decoder, 1 step, sigma 0:")]
+        values = [float(title.split("**:")[0].rsplit(" ", 1)[1]) for title in titles]
+        assert len(values) == number and values == sorted(values, reverse=kind == "best")
     pictures = list((finished / "pictures").iterdir())
     assert pictures and all(f"pictures/{path.name}" in report for path in pictures)
     page = (finished / "report.html").read_text()
@@ -134,7 +140,7 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     assert table(output) == before
     monkeypatch.undo()
     capsys.readouterr()
-    arguments = ["--crop", CROP, "--baselines", "lanczos", "--sigmas", 0, "--vae", parts / "vae", "--limit", 2]
+    arguments = ["--crop", CROP, "--baselines", "lanczos", "--limit", 2]  # --vae need not come again
     assert evaluate(parts, output, *arguments, "--steps", 3, "--metrics", "psnr") == 0
     there, added, *_ = capsys.readouterr().out.splitlines()
     assert (
@@ -152,6 +158,18 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     assert [s.steps for s in settings] == sorted((s.steps for s in settings), key=lambda steps: steps or 0)
     assert "lanczos: 2 of 5 images" in report and "bicubic: 5 of" not in report
     assert evaluate(parts, output, *common(parts), "--seed", "1") == 2  # would be another evaluation
+    assert evaluate(parts, output, *arguments, "--vae", "another") == 2
+    assert f"with vae {parts / 'vae'}, not another" in capsys.readouterr().err.splitlines()[-1]
+    # More metrics of images that are there; and what an interrupted run left, whose settings no table had yet, stays.
+    study = json.loads((output / "study.json").read_text())
+    study["settings"] = [setting for setting in study["settings"] if setting["method"] != "lanczos"]
+    (output / "study.json").write_text(json.dumps(study))
+    monkeypatch.setattr(run, "decoder_run", lambda *args: made.append(args))
+    assert evaluate(parts, output, *arguments[:2], "--baselines", "bicubic", "--limit", 2, "--steps", 3) == 0
+    assert not made
+    filled = [row for row in table(output) if row["steps"] == "3"]
+    assert len(filled) == 2 and all(row["psnr"] and row["ssim"] for row in filled)
+    assert [row for row in table(output) if row["steps"] != "3"] == [row for row in rows if row["steps"] != "3"]
 
 
 def settings_of(row):
@@ -177,6 +195,30 @@ def test_best_is_told_of_equal_images_alone(parts, tmp_path):
     assert ("**" in row("bicubic")) != ("**" in row("lanczos"))
     texture = (output / "report.md").read_text().split("## Colour, spectrum, texture")[1].split("##")[0]
     assert "Texture, dB → 0" in texture and "**" not in texture  # noise, too, may have the right amount
+
+
+def test_noise_is_a_matter_of_picture_and_seed(tmp_path):
+    def made(name, seed):
+        making, case = Making(tmp_path, False, seed, 4, "cpu"), Case(name, "")
+        noise = making.noised(torch.zeros(1, 4, 8, 8), case, 1.0, "flow")
+        return torch.stack([noise, torch.randn(1, 4, 8, 8, generator=making.generator(case))])
+
+    one = made("a.png", 0)
+    assert torch.equal(made("a.png", 0), one) and one.std() == pytest.approx(1, abs=0.1)
+    different = [*one, *made("b.png", 0), *made("a.png", 1)]
+    for a, b in itertools.combinations(different, 2):
+        assert (a * b).mean().abs() < 0.3  # independent
+
+
+def test_options_arrive(parts, finished, tmp_path):
+    """Of the decoder's call, and of the table: an image differs, and there are as many as asked for."""
+    for name, *options in (("tile", "--tile", 64), ("seed", "--seed", 1)):
+        output = tmp_path / name
+        arguments = ["--crop", CROP, "--steps", 1, "--metrics", "psnr", "--baselines", "--limit", 1]
+        assert evaluate(parts, output, *arguments, *options) == 0
+        (row,) = table(output)
+        pair = [folder / "images" / "decoder_1_step_sigma_0" / f"{row['file']}.png" for folder in (output, finished)]
+        assert pair[0].read_bytes() != pair[1].read_bytes()
 
 
 def test_names_that_would_mix(parts, finished, tmp_path, capsys):
@@ -355,6 +397,7 @@ def test_whatever_pyiqa_has(parts, tmp_path, pyiqa, monkeypatch, capsys):
         assert float(row["brightness"]) == pytest.approx(image.mean(), abs=1e-5)
         assert float(row["distance"]) == pytest.approx(np.abs(image - truth).mean(), abs=1e-5)
         assert row["moody"] == ""
+    assert [metric.name for metric in find_metrics(["all", "brightness"], {})] == [*METRICS, "brightness"]
     for name in ("pyiqa", "pyiqa.default_model_configs"):
         monkeypatch.setitem(sys.modules, name, None)  # the report is made where it is not installed
     write_report(output)
@@ -601,6 +644,20 @@ def test_upscale_baseline(parts, upscalers, tmp_path, capsys):
     assert "baseline spandrel" in capsys.readouterr().err
 
 
+def test_a_baseline_of_another_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "_upscale_pipeline", lambda *args: lambda image, case: image.repeat(1, 1, 4, 4))
+    case = Case("a boat", "a boat")
+    photo(0, (16, 16)).save(tmp_path / "boat.png")
+    monkeypatch.setattr(methods, "latents_path", lambda *args: tmp_path / "boat.png")
+    for scale in (4, 2):
+        make = methods.baseline_run("upscale:x", None, "flow", Making(tmp_path, True, 0, scale, "cpu"))
+        if scale == 4:
+            assert make(case, Setting("upscale:x"))[0].shape == (1, 3, 64, 64)
+        else:
+            with pytest.raises(ValueError, match="makes images 4 times larger, the others 2 times"):
+                make(case, Setting("upscale:x"))
+
+
 def test_interval_is_the_bootstrap_of_the_mean():
     values = np.random.RandomState(0).normal(3, 2, 400)
     low, high = interval(values)
@@ -630,6 +687,12 @@ def test_compare(parts, tmp_path, capsys):
     assert "one size, got 160 x 144 and 64 x 64" in capsys.readouterr().err
 
 
+def test_the_judge_sees_the_middle_as_it_is():
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (1100, 1300, 3), dtype=np.uint8))
+    seen = Image.open(io.BytesIO(base64.b64decode(_uri(picture).removeprefix("data:image/png;base64,"))))
+    assert np.array_equal(np.array(seen), np.array(picture)[38:1062, 138:1162])
+
+
 class Judge(http.server.BaseHTTPRequestHandler):
     """Prefers the brighter image, unless both are alike or it was told to be stubborn; every request is kept."""
 
@@ -639,8 +702,6 @@ class Judge(http.server.BaseHTTPRequestHandler):
         if self.server.broken_after is not None and len(self.server.requests) > self.server.broken_after:
             self.send_error(500)
             return
-        import base64
-
         images = [
             np.array(Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1])))).mean()
             for part in body["messages"][0]["content"]
@@ -695,7 +756,7 @@ def test_judge(parts, tmp_path, server, monkeypatch, capsys):
     orders = [
         [part["text"] for part in r[2]["messages"][0]["content"] if part["type"] == "text"] for r in server.requests
     ]
-    assert all(texts[1:] == ["The first:", "The second:"] for texts in orders)
+    assert all(texts[1:] == ["The first:", "The second:"] and "prompt" not in texts[0] for texts in orders)
     report = (output / "report.md").read_text()
     assert "Preferred by brightness" in report
     assert "| bicubic against lanczos | 0.500 [0.500, 0.500] | 0 | 5 | 0 | 0 | 0 |" in report
@@ -729,6 +790,12 @@ def test_judge(parts, tmp_path, server, monkeypatch, capsys):
     server.requests.clear()
     assert run() == 0 and len(server.requests) == 1
     assert run("--limit", "1") == 0 and len(server.requests) == 1
+    study = (output / "study.json").read_text()  # of prompts the judge is told
+    (output / "study.json").write_text(study.replace(str(parts / "photos"), "prompts.txt"))
+    assert run("--limit", "1", model="another") == 0
+    prompt = server.requests[-1][2]["messages"][0]["content"][0]["text"]
+    assert 'Here are two versions of one picture, made for the prompt "deep/photo 4.png". Which' in prompt
+    (output / "study.json").write_text(study)
     assert run("--settings", "bicubic", "nobody") == 2 and "no setting ['nobody']" in capsys.readouterr().err
     assert main(["judge", str(tmp_path), "--url", url, "--model", "x"]) == 2
     assert "expected the folder of a finished evaluation" in capsys.readouterr().err

@@ -248,6 +248,9 @@ class Study:
             )
         )
         study = read_study(self.output) or {"identity": identity}
+        # A run without baselines of the autoencoder need not name it.
+        study["identity"]["vae"] = study["identity"].get("vae") or self.vae
+        identity["vae"] = self.vae or study["identity"]["vae"]
         if different := [key for key in identity if study["identity"].get(key) != identity[key]]:
             key = different[0]
             raise ValueError(
@@ -304,7 +307,7 @@ class Study:
                 if pipe is None:
                     pipe = self.pipe()
                     pipe.set_progress_bar_config(disable=True)
-                generator = torch.Generator().manual_seed(self.seed + case.number)
+                generator = self._making().generator(case)
                 taken = partly_denoise(
                     pipe, stop, finish=bool(own), prompt=case.caption, generator=generator, **self.pipe_kwargs
                 )
