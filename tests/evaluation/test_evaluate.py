@@ -337,7 +337,11 @@ def test_shards_and_unreadable_pictures(parts, tmp_path):
     output = tmp_path / "out"
     assert evaluate(tmp_path, output, "--metrics", "psnr", "fid", "hps", source="set.tar", decoders=()) == 0
     assert {row["image"].rsplit(":", 1)[1] for row in table(output)} == {"0", "2"}
-    assert {row["crop"] for row in table(output)} == {""}  # whole, but for what is no full cell: 128 x 128
+    assert {row["crop"] for row in table(output)} == {""}  # whole, but for what is no full cell of 64 x 64
+    for row in table(output):
+        truth = Image.open(output / "images" / "truth" / f"{row['file']}.png")
+        index = int(row["image"].rsplit(":", 1)[1])
+        assert np.array_equal(np.array(truth), np.array(photo(index))[8:136, 16:144])
     report = (output / "report.md").read_text()
     assert "set.tar:1: not readable" in report and "hps: skipped: for prompts alone" in report
 
@@ -457,6 +461,7 @@ def test_metrics_of_all_pictures_together(tmp_path, monkeypatch):
     shutil.rmtree(output)
     found = run("fid", "--crop", 256, "--baselines", "bicubic")
     assert run("fid", "--crop", 256, "--baselines", "lanczos", "--limit", 1) == found
+    assert json.loads((output / "study.json").read_text())["skipped"] == {}
     report = (output / "report.md").read_text().split("## All pictures together")[1]
     assert "| bicubic | – |" not in report and "| lanczos | – |" in report
 
@@ -685,6 +690,36 @@ def test_compare(parts, tmp_path, capsys):
     photo(0, (64, 64)).save(tmp_path / "small.png")
     assert main(["compare", str(a), str(tmp_path / "small.png")]) == 2
     assert "one size, got 160 x 144 and 64 x 64" in capsys.readouterr().err
+
+
+def test_verdicts():
+    """Counted by hand: a win, a win and a tie, a contradiction, a tie, and three that say nothing."""
+    given = {
+        "1": ("first", "second"), "2": ("second", "tie"), "3": ("first", "first"), "4": ("tie", "tie"),
+        "5": (None, "first"), "6": ("first", None), "7": (None, None),
+    }  # fmt: skip
+    answers = [
+        {"model": "m", "image": image, "first": first, "second": second, "answer": answer}
+        for image, pair in given.items()
+        for (first, second), answer in zip((("a", "b"), ("b", "a")), pair, strict=True)
+    ]
+    for order in (answers, [answers[0], *answers[:0:-1]]):
+        (found,) = verdicts(order).values()
+        assert sorted(found["score"]) == [0.5, 0.5, 0.5, 1]
+        assert found["contradiction"].sum() == 1 and found["unanswered"].sum() == 3
+    assert verdicts(answers[:1])["a", "b"]["unanswered"].sum() == 1  # not yet asked in the other order
+    swapped = [answer for answer in answers if answer["image"] == "1"][::-1]
+    assert verdicts(swapped)["b", "a"]["score"] == [0]
+
+
+def test_enlarged_by_more_than_a_straight_line():
+    """Both kernels overshoot at an edge, Lanczos twice; what leaves the range is cut off."""
+    edge = torch.where(torch.arange(16) < 8, -0.5, 0.5).expand(1, 3, 16, 16)
+    bicubic, lanczos = (methods._enlarge(edge, 4, kind) for kind in ("bicubic", "lanczos"))
+    for large in (bicubic, lanczos):
+        assert large.shape == (1, 3, 64, 64) and large.max() > 0.52
+        assert methods._enlarge(2 * edge, 4, "bicubic").abs().max() == 1
+    assert (bicubic[0, 0, 0, 32:] < 0.499).sum() < (lanczos[0, 0, 0, 32:] < 0.499).sum()
 
 
 def test_the_judge_sees_the_middle_as_it_is():
