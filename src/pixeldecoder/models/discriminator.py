@@ -5,8 +5,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from pixeldecoder.models.base import FolderMixin
 
-class PixelDecoderDiscriminator(ModelMixin, ConfigMixin):
+
+class PixelDecoderDiscriminator(FolderMixin, ModelMixin, ConfigMixin):
     """One convolutional head for each feature map (B, D, Hp, Wp); the heads' logits are concatenated.
 
     Args:

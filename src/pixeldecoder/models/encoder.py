@@ -5,8 +5,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import EncoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 
+from pixeldecoder.models.base import FolderMixin
 
-class TinyLatentEncoder(ModelMixin, ConfigMixin):
+
+class TinyLatentEncoder(FolderMixin, ModelMixin, ConfigMixin):
     """A deterministic convolutional encoder trained to give the latents of a larger autoencoder.
 
     It uses the encoder half of diffusers' `AutoencoderTiny` (MIT, TAESD), narrow at high resolution so that it is

@@ -1,6 +1,5 @@
 """The two transformer blocks of PixelDiT and their parts: tokens in, tokens out (method: Network, 3, 4, 8)."""
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,22 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines (1, L, head width), each repeated for the two channels of a pair, float32."""
 
 
-class PatchBlock(nn.Module):
+class Block(nn.Module):
+    """Work on single tokens, then attention, then work on single tokens."""
+
+    _on_tokens = ("before_attention", "after_attention")
+
+    def compile(self, **kwargs) -> None:
+        """`torch.compile` what works on single tokens: no number of chunks, and no attention kernel, recompiles it."""
+        for name in self._on_tokens:
+            setattr(self, name, _compiled(getattr(self, name), **kwargs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As `nn.Module` does, without what is compiled, which belongs to these weights: copies and pickles are not."""
+        return {key: value for key, value in super().__getstate__().items() if key not in self._on_tokens}
+
+
+class PatchBlock(Block):
     """Dual-stream block (MM-DiT) on patch tokens (B, L, D) and text tokens (B, T, D)."""
 
     def __init__(self, dim: int, heads: int, with_text: bool):
@@ -81,12 +95,8 @@ class PatchBlock(nn.Module):
         hidden_states = hidden_states + gate * self.attn.to_out(attended)
         return hidden_states + mlp_gate * self.mlp(modulate(self.image.norm2(hidden_states), mlp_shift, mlp_scale))
 
-    def compile(self, **kwargs) -> None:
-        """`torch.compile` what works on single tokens: no number of chunks, and no attention kernel, recompiles it."""
-        compile_methods(self, "before_attention", "after_attention", **kwargs)
 
-
-class PixelBlock(nn.Module):
+class PixelBlock(Block):
     """PiT block on pixel tokens (B, L, P^2, d): every pixel has its own modulation, patches talk through attention.
 
     That modulation is six times the size of the pixels; it lives for one chunk of patches at a time.
@@ -121,10 +131,6 @@ class PixelBlock(nn.Module):
         pixels = pixels + gate * self.expand(self.attn.to_out(attended)).view_as(pixels)
         return pixels + mlp_gate * self.mlp(modulate(self.norm2(pixels), shift, scale))
 
-    def compile(self, **kwargs) -> None:
-        """As for `PatchBlock`."""
-        compile_methods(self, "before_attention", "after_attention", **kwargs)
-
 
 def in_chunks(size: int | None, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
     """`function` of tensors (B, L, ...), at most `size` of L at a time: what it makes in between never exists whole."""
@@ -139,9 +145,9 @@ def in_chunks(size: int | None, function: Callable[..., torch.Tensor], *tensors:
     return output
 
 
-def compile_methods(module: nn.Module, *names: str, **kwargs) -> None:
-    """`torch.compile` some methods of a module. Views are copied on their way in: what they are views of, and how it is
-    strided, would be compiled in, and every size and number of chunks would compile again."""
+def _compiled(function: Callable[..., torch.Tensor], **kwargs) -> Callable[..., torch.Tensor]:
+    """`torch.compile`. Views are copied on their way in: what they are views of, and how it is strided, would be
+    compiled in, and every size and number of chunks would compile again."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, tuple):
@@ -150,9 +156,8 @@ def compile_methods(module: nn.Module, *names: str, **kwargs) -> None:
             return x
         return x.clone(memory_format=torch.contiguous_format)
 
-    for name in names:
-        compiled = torch.compile(getattr(module, name), **kwargs)
-        setattr(module, name, lambda *args, compiled=compiled: compiled(*map(plain, args)))
+    compiled = torch.compile(function, **kwargs)
+    return lambda *args: compiled(*map(plain, args))
 
 
 class StreamNorms(nn.Module):
@@ -238,7 +243,8 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
     if torch.version.hip is not None and query.device.type == "cuda":
         # AMD's fused kernels gave black and NaN images at width 72; zeros up to a power of 2 change nothing.
         query, key, value = pad_heads(query, key, value)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    blockwise = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if blockwise and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a graph keeps one operation
         return _blockwise_attention(query, key, value, scale)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     kernels = _KERNELS[1:] if torch.is_grad_enabled() else _KERNELS
@@ -296,8 +302,6 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
-@functools.lru_cache(maxsize=4)  # the same for every step, and for every tile of one size
-@torch.inference_mode(False)  # training may follow
 def image_rotary(height: int, width: int, head_dim: int, reference: float, device: torch.device) -> Rotary:
     """2-D RoPE, NTK-aware, for a grid of height x width patches; `reference` is the grid the frequencies are made for.
 
@@ -308,7 +312,7 @@ def image_rotary(height: int, width: int, head_dim: int, reference: float, devic
     angles = []
     for size in (width, height):
         theta = 10000 * (size / reference) ** (axis_dim / (axis_dim - 2))
-        positions = torch.linspace(0, 16, size, device=device)
+        positions = torch.arange(size, device=device) * 16 / max(size - 1, 1)  # `linspace`, of any size when traced
         angles.append(positions[:, None] * theta ** (-4 * k / head_dim))
     x, y = angles
     angle = torch.stack([x[None].expand(height, -1, -1), y[:, None].expand(-1, width, -1)], dim=-1)

@@ -1,8 +1,11 @@
 """Noisy image, time, text and latents in; velocity out: the PiD network (method: Network)."""
 
+import copy
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +14,17 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from pixeldecoder.models.adapter import LatentFeatures, SigmaAwareAdapter, SigmaGate
+from pixeldecoder.models.base import FolderMixin
 from pixeldecoder.models.layers import (
     EPS,
     PatchBlock,
     PixelBlock,
+    Rotary,
     TextEmbedding,
     image_rotary,
     in_chunks,
@@ -44,7 +49,7 @@ class PixelDecoderOutput(BaseOutput):
     """The low-resolution image that the adapter predicts, (B, 3, H/s, W/s)."""
 
 
-class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """PiD's network (arXiv 2605.23902): PixelDiT conditioned on latents through a sigma-aware adapter.
 
     The defaults are the released v1 decoder for 16-channel latents; v1.5 differs in `adapter_dim=1024`,
@@ -71,17 +76,21 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         per_channel_gate: D gate values to a token, or one.
         inject_pixels: inject into the pixel pathway, too.
         aux_rgb: has the auxiliary head that predicts the low-resolution image.
-        aux_rgb_block: the residual block of the adapter whose output that head reads.
+        aux_rgb_block: the residual block of the adapter, from 0, whose output that head reads; -1: the last.
         rope_reference_size: image side in pixels for which the rotary frequencies are made.
         prediction_type: what the layers predict, the "velocity" or the clean image ("sample"); `forward` returns the
             velocity either way.
         aux_rgb_base: add the auxiliary image, enlarged, to the predicted clean image.
+
+    Raises:
+        ValueError: an argument of a wrong type or range, which the message names.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PatchBlock", "PixelBlock", "SigmaAwareAdapter"]
     _repeated_blocks = ["PatchBlock", "PixelBlock"]
-    _group_offload_block_modules = ["adapter"]
+    # The adapter runs before `forward`; its pixel gate runs later, and its auxiliary head at times.
+    _group_offload_block_modules = ["adapter", "pixel_head", "pixel_sigma_gate", "aux_rgb_head"]
     # Small tensors that errors in the picture hang on: gates, time, and everything that works on single pixels.
     _skip_layerwise_casting_patterns = ["norm", "sigma_gate", "time_embed", "pixel_embed", "pixel_blocks", "proj_out"]
 
@@ -115,15 +124,7 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         aux_rgb_base: bool = False,
     ):
         super().__init__()
-        for name, head_dim in ("attention", attention_head_dim), ("pixel_attention", pixel_attention_head_dim):
-            if head_dim % 4 or head_dim < 8:
-                raise ValueError(
-                    f"{name}_head_dim is {head_dim}: 2-D rotary embedding needs a multiple of 4, at least 8"
-                )
-        if prediction_type not in ("velocity", "sample"):
-            raise ValueError(f'prediction_type is {prediction_type!r}: expected "velocity" or "sample"')
-        if aux_rgb_base and not (aux_rgb and prediction_type == "sample"):
-            raise ValueError('aux_rgb_base needs aux_rgb=True and prediction_type="sample"')
+        _check(self.config)
         dim = num_attention_heads * attention_head_dim
         self.patch_embed = nn.Linear(3 * patch_size**2, dim)
         self.time_embed = TimestepEmbedding(TIME_WIDTH, dim)
@@ -200,9 +201,34 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
                 nn.init.trunc_normal_(module.positions, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
 
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As diffusers' `add_adapter`; where q, k, v or their output layer are meant by their usual names, "to_q",
+        "add_k_proj", "to_out.0"..., the layers `to_qkv`, `add_qkv` and `to_out` are, which hold them here."""
+        if not isinstance(adapter_config.target_modules, str | None):
+            adapter_config = copy.copy(adapter_config)
+            adapter_config.target_modules = {_our_layer(name) for name in adapter_config.target_modules}
+        super().add_adapter(adapter_config, adapter_name)
+
+    def image_rotary(self, height: int, width: int, device: torch.device | None = None) -> tuple[Rotary, Rotary]:
+        """Rotary tables of the patch and of the pixel blocks for an image, in pixels: the same at every step and for
+        every tile of one size. Pass them as `image_rotary_emb=`."""
+        config = self.config
+        grid, reference = (height // config.patch_size, width // config.patch_size), config.rope_reference_size
+        patch, pixel = (
+            image_rotary(*grid, head_dim, reference / config.patch_size, device or self.device)
+            for head_dim in (config.attention_head_dim, config.pixel_attention_head_dim)
+        )
+        return patch, pixel
+
     @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
     def encode_latents(
-        self, latents: torch.Tensor, height: int, width: int, return_aux_rgb: bool = False
+        self,
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        return_aux_rgb: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> LatentFeatures:
         """Run the adapter, once per image; pass the result as `latent_features=` at every step.
 
@@ -210,6 +236,7 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             latents: normalised latents (B, C, h, w), as noisy as their sigma says.
             height, width: of the output image in pixels, multiples of the patch size.
             return_aux_rgb: also predict the low-resolution image.
+            attention_kwargs: as in `forward`.
 
         Raises:
             ValueError: the model takes no latents, or other channels, or another size.
@@ -227,6 +254,7 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         grid = (height // config.patch_size, width // config.patch_size)
         return self.adapter(latents.to(self.dtype), grid, return_aux_rgb or config.aux_rgb_base)
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -239,6 +267,8 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         return_aux_rgb: bool = False,
         chunk_size: int | None = None,
         return_dict: bool = True,
+        image_rotary_emb: tuple[Rotary, Rotary] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> PixelDecoderOutput | tuple:
         """Predict the velocity of a noisy image.
 
@@ -254,6 +284,8 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             return_aux_rgb: also return the adapter's auxiliary low-resolution image.
             chunk_size: patches on which everything but attention works at a time; by default all. Fewer take less
                 memory, and on a CPU less time; the numbers stay the same to rounding.
+            image_rotary_emb: `image_rotary(H, W)`; by default made here.
+            attention_kwargs: `{"scale": x}` multiplies the strength of LoRA layers by x during this call.
 
         Raises:
             ValueError: shapes that do not fit the model, text missing or in excess.
@@ -269,6 +301,8 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         if (encoder_hidden_states is None) != (self.text_embed is None):
             expected = "no text (text_embed_dim=None)" if self.text_embed is None else "encoder_hidden_states"
             raise ValueError(f"this model expects {expected}")
+        if attention_kwargs:  # "scale" is taken out before
+            raise ValueError(f'attention_kwargs: expected "scale" alone, got {", ".join(attention_kwargs)}, too')
         if latents is not None:
             latent_features = self.encode_latents(latents, height, width, return_aux_rgb)
         if latent_features is None and (return_aux_rgb or self.config.aux_rgb_base):
@@ -285,8 +319,9 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         condition = F.silu(time)
 
         # Patch pathway: joint attention with text, latents injected through their gates.
-        reference = self.config.rope_reference_size / patch
-        rotary = image_rotary(*grid, self.config.attention_head_dim, reference, device)
+        rotary, pixel_rotary = image_rotary_emb or self.image_rotary(height, width, device)
+        if rotary[0].shape[1] != grid[0] * grid[1]:
+            raise ValueError(f"image_rotary_emb is of {rotary[0].shape[1]} patches, the image has {grid[0] * grid[1]}")
         text, text_rope = None, None
         if self.text_embed is not None:
             text = self.text_embed(encoder_hidden_states.to(dtype))
@@ -306,10 +341,9 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         s = F.silu(time + h)
         if latent_features is not None and latent_features.pixel is not None:
             s = s + self.adapter.pixel_sigma_gate(s, latent_features.pixel, sigma)
-        rotary = image_rotary(*grid, self.config.pixel_attention_head_dim, reference, device)
         pixels = self._pixels(image)
         for block in self.pixel_blocks:
-            pixels = self._run(block, pixels, s, rotary, chunk_size)
+            pixels = self._run(block, pixels, s, pixel_rotary, chunk_size)
         output = in_chunks(chunk_size, lambda x: self.proj_out(self.norm_out(x)), pixels)
         output = self._image(output, grid, patch).to(hidden_states.dtype)
 
@@ -350,3 +384,53 @@ class PixelDecoderTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         """(B, L, P^2, 3) -> (B, 3, H, W): the inverse."""
         x = pixels.unflatten(1, grid).unflatten(3, (patch, patch))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+_LEAST = dict(
+    patch_size=1, num_layers=1, num_attention_heads=1, attention_head_dim=8, num_pixel_layers=1, pixel_dim=4,
+    num_pixel_attention_heads=1, pixel_attention_head_dim=8, text_embed_dim=1, max_text_length=1, latent_channels=1,
+    latent_downscale_factor=1, scale=1, adapter_dim=4, num_adapter_layers=0, injection_interval=1, aux_rgb_block=-1,
+    rope_reference_size=1,
+)  # fmt: skip
+_OF_FOUR = ("attention_head_dim", "pixel_attention_head_dim", "pixel_dim", "adapter_dim")
+"""Multiples of 4: the heads for 2-D rotary embedding, pixels for their sin-cos table, the adapter for its groups."""
+_EITHER = dict(prediction_type=("velocity", "sample"), adapter_padding_mode=("zeros", "replicate"))
+_SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb", "aux_rgb_base")
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuse what no network can have.
+
+    Raises:
+        ValueError: naming the first such argument, and what was expected.
+    """
+    for name, least in _LEAST.items():
+        value, step = config[name], 4 if name in _OF_FOUR else 1
+        if value is None and name in ("text_embed_dim", "latent_channels"):
+            continue
+        if type(value) is not int or value < least or value % step:
+            kind = "a whole number" if step == 1 else "a multiple of 4"
+            raise ValueError(f"{name} is {value!r}: expected {kind}, at least {least}")
+    for name, values in (_EITHER | dict.fromkeys(_SWITCHES, (True, False))).items():
+        if type(config[name]) is not type(values[0]) or config[name] not in values:
+            raise ValueError(f"{name} is {config[name]!r}: expected {values[0]!r} or {values[1]!r}")
+    if config["aux_rgb_block"] >= config["num_adapter_layers"]:
+        raise ValueError(
+            f"aux_rgb_block is {config['aux_rgb_block']}: expected less than num_adapter_layers, "
+            f"{config['num_adapter_layers']}"
+        )
+    if config["aux_rgb"] and config["patch_size"] % config["scale"]:
+        raise ValueError(f"aux_rgb=True: expected scale {config['scale']} to divide patch_size {config['patch_size']}")
+    if config["unpack_latents"] and (config["latent_channels"] or 4) % 4 | config["latent_downscale_factor"] % 2:
+        raise ValueError(
+            f"unpack_latents=True: expected latent_channels {config['latent_channels']} to be a multiple of 4, "
+            f"latent_downscale_factor {config['latent_downscale_factor']} of 2"
+        )
+    if config["aux_rgb_base"] and not (config["aux_rgb"] and config["prediction_type"] == "sample"):
+        raise ValueError('aux_rgb_base needs aux_rgb=True and prediction_type="sample"')
+
+
+def _our_layer(name: str) -> str:
+    name = re.sub(r"\bto_[qkv]$", "to_qkv", name)
+    name = re.sub(r"\badd_[qkv]_proj$", "add_qkv", name)
+    return re.sub(r"\bto_out\.0$", "to_out", name)

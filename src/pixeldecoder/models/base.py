@@ -1,0 +1,53 @@
+"""What the networks share as diffusers models: weights fit or are refused, and `AutoModel` opens their folders."""
+
+from pathlib import Path
+from typing import Any
+
+
+class FolderMixin:
+    """Stands before diffusers' `ModelMixin` and `ConfigMixin`, which loaders look for by name in a network's module."""
+
+    _auto_class = "AutoModel"  # diffusers writes it to config.json, as "auto_map": "<module>.<class>"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Any:
+        """As diffusers' `from_pretrained`, which leaves out weights that the configuration has no place for.
+
+        Raises:
+            ValueError: missing or unexpected tensors, which are listed.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if getattr(model, "hf_quantizer", None) is None:  # which stores tensors under other names
+            check_fit(pretrained_model_name_or_path, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
+        return (model, info) if wanted else model
+
+    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """config.json, and the module that its "auto_map" names, for `AutoModel` with `trust_remote_code=True`."""
+        super().save_config(save_directory, *args, **kwargs)
+        module, name = type(self).__module__.rpartition(".")[2], type(self).__name__
+        line = f'"""For diffusers\' AutoModel, which looks for {name} here."""\n\nfrom pixeldecoder import {name}\n'
+        (Path(save_directory) / f"{module}.py").write_text(line)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
+        """Without "auto_map", which diffusers writes and then warns of as unexpected."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+
+def check_fit(source: object, **problems: list[str]) -> None:
+    """Refuse weights that are not those of a network.
+
+    Raises:
+        ValueError: some list of names is not empty; its keyword says what is wrong with them.
+    """
+    if any(problems.values()):
+        found = "; ".join(
+            f"{len(names)} {what.replace('_', ' ')}: {listing(names)}" for what, names in problems.items() if names
+        )
+        raise ValueError(f"{source}: the tensors do not fit the network: {found}")
+
+
+def listing(names: list[str]) -> str:
+    """The first names, in order."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
