@@ -445,12 +445,12 @@ class Convert:
     unpack_latents: bool | None = None
 
     def run(self) -> None:
-        from pixeldecoder.convert import load_folder, save_reference_checkpoint
+        from pixeldecoder.convert import folder_to_reference
         from pixeldecoder.pipeline import PixelDecoderPipeline
 
         if self.source.is_dir():
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            save_reference_checkpoint(load_folder(self.source), self.output)
+            folder_to_reference(self.source, self.output)
         else:
             if self.output.suffix:
                 raise ValueError(f"{self.output}: a reference checkpoint becomes a folder: give a name without suffix")

@@ -1,21 +1,28 @@
 """Reference checkpoint in, diffusers model out, and back: names change, numbers do not."""
 
 import inspect
+import json
 import math
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from safetensors import SafetensorError
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from pixeldecoder.models.base import check_fit, listing
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import PRESETS, Preset, find_preset
+
+logger = logging.get_logger(__name__)
 
 # Reference name, our name. `*` stands for a block's number; a name that ends in a dot is a prefix.
 _NAMES = [
@@ -105,6 +112,7 @@ def config_from_reference(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         "rope_reference_size": kwargs["rope_ref_h"],
     }
     if has_latents:
+        aux_rgb_block = kwargs["lq_aux_rgb_head_latent_block_idx"]  # from 1; 0 and less: the last features
         config |= {
             "latent_downscale_factor": kwargs["latent_spatial_down_factor"],
             "scale": kwargs["sr_scale"],
@@ -116,7 +124,7 @@ def config_from_reference(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             "per_channel_gate": kwargs["lq_gate_type"].endswith("_per_dim"),
             "inject_pixels": kwargs["pit_lq_inject"],
             "aux_rgb": kwargs["lq_aux_rgb_head"],
-            "aux_rgb_block": kwargs["lq_aux_rgb_head_latent_block_idx"],
+            "aux_rgb_block": aux_rgb_block - 1 if aux_rgb_block > 0 else -1,
         }
     return config
 
@@ -132,7 +140,7 @@ def convert_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict
     state = _canonical(state_dict)
     converted = {name: _rename(name, _TO_OURS) for name in state}
     if unknown := [name for name, ours in converted.items() if ours is None]:
-        raise ValueError(f"not a PiD checkpoint: {len(unknown)} unknown tensors: {_listing(unknown)}")
+        raise ValueError(f"not a PiD checkpoint: {len(unknown)} unknown tensors: {listing(unknown)}")
     # The reference's only scalars have one dimension here.
     ours = {new: state[name].reshape(state[name].shape or (1,)) for name, new in converted.items() if new is not None}
     for name in [n for n in ours if _PIXEL_ADALN.match(n)]:
@@ -155,7 +163,7 @@ def export_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[
         state_dict[f"{block}.adaln.{leaf}"] = rows.transpose(0, 1).flatten(0, 2)
     exported = {name: _rename(name, _TO_REFERENCE) for name in state_dict}
     if unknown := [name for name, reference in exported.items() if reference is None]:
-        raise ValueError(f"the reference has no name for {len(unknown)} tensors: {_listing(unknown)}")
+        raise ValueError(f"the reference has no name for {len(unknown)} tensors: {listing(unknown)}")
     return {
         reference: state_dict[name].reshape(() if name.endswith("log_alpha") else state_dict[name].shape)
         for name, reference in exported.items()
@@ -289,31 +297,20 @@ def load_reference_model(
 ) -> PixelDecoderTransformer2DModel:
     """A reference checkpoint as a model: `PixelDecoderTransformer2DModel.from_single_file`.
 
+    What `save_reference_checkpoint` wrote beside the tensors is used, unless a preset is named.
+
     Raises:
         ValueError: an unreadable file, or missing or unexpected tensors, which the message lists.
     """
     try:
         state = convert_reference_state_dict(load_checkpoint(path))
-        config = infer_config(state, find_preset(path, preset), **overrides)
+        told = {} if preset else read_settings(path).get("network", {})
+        config = infer_config(state, find_preset(path, preset), **(told | overrides))
+        model = _network(config, path)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    with torch.device("meta"):
-        model = PixelDecoderTransformer2DModel(**config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} for {tuple(size)}"
-            for name, size in expected.items()
-            if name in state and state[name].shape != size
-        ],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{len(names)} {what}: {_listing(names)}" for what, names in problems.items() if names)
-        raise ValueError(f"{path}: the tensors do not fit the network: {found}")
-    model.load_state_dict(state, assign=True)
-    return model.eval() if torch_dtype is None else model.eval().to(torch_dtype)
+    _fill(model, state, path)
+    return model if torch_dtype is None else model.to(torch_dtype)
 
 
 def load_folder(path: str | Path) -> PixelDecoderTransformer2DModel:
@@ -329,18 +326,93 @@ def load_folder(path: str | Path) -> PixelDecoderTransformer2DModel:
     shards = sorted(path.glob("*.safetensors"))
     if not shards or not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a diffusers folder with config.json and .safetensors files")
-    with torch.device("meta"):
-        model = PixelDecoderTransformer2DModel.from_config(PixelDecoderTransformer2DModel.load_config(path))
-    state = {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}
+    config = {key: value for key, value in _read_json(path / "config.json").items() if key != "auto_map"}
     try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return model.eval()
+        model = _network({key: value for key, value in config.items() if key[:1] != "_"}, path)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    _fill(model, {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}, path)
+    return model
 
 
-def save_reference_checkpoint(model: PixelDecoderTransformer2DModel, path: str | Path) -> None:
+def _network(config: dict[str, Any], source: str | Path) -> PixelDecoderTransformer2DModel:
+    """Without weights."""
+    check_arguments(PixelDecoderTransformer2DModel, config, source)
+    with torch.device("meta"):
+        return PixelDecoderTransformer2DModel(**config)
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse settings from a file that a class of this version does not take.
+
+    Raises:
+        ValueError: they are listed.
+    """
+    if unknown := sorted(set(arguments) - set(inspect.signature(function).parameters)):
+        raise ValueError(f"{source}: settings that this version of pixeldecoder does not know: {listing(unknown)}")
+
+
+def _fill(model: PixelDecoderTransformer2DModel, state: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Give a network its weights."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_fit(
+        source,
+        missing=[name for name in expected if name not in state],
+        unexpected=[name for name in state if name not in expected],
+        of_another_shape=[
+            f"{name} {tuple(state[name].shape)} for {tuple(size)}"
+            for name, size in expected.items()
+            if name in state and state[name].shape != size
+        ],
+    )
+    model.load_state_dict(state, assign=True)
+    model.eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return found
+
+
+def folder_to_reference(folder: str | Path, path: str | Path) -> None:
+    """Write the network in a diffusers folder as a reference checkpoint, and say what the file has no place for.
+
+    A `.safetensors` file keeps the pipeline's settings and scheduler as metadata, and
+    `PixelDecoderPipeline.from_single_file` finds them there; a `.pth` file holds tensors alone.
+
+    Raises:
+        ValueError: as `load_folder` and `save_reference_checkpoint`.
+    """
+    path, settings, left_out = Path(path), {}, []
+    if (index := Path(folder) / "model_index.json").is_file():
+        entries = {k: v for k, v in _read_json(index).items() if k[:1] != "_"}
+        components = {name for name, value in entries.items() if isinstance(value, list)}
+        left_out = [k for k in sorted(components - {"transformer", "scheduler"}) if entries[k][0] is not None]
+        scheduler = _read_json(Path(folder) / "scheduler" / "scheduler_config.json")
+        settings = {"pipeline": {k: entries[k] for k in entries if k not in components}, "scheduler": scheduler}
+    save_reference_checkpoint(load_folder(folder), path, settings)
+    if path.suffix == ".pth" and settings:
+        told = [f"{key} {value}" for key, value in settings["pipeline"].items() if value is not None]
+        left_out += [*told, f"scheduler {settings['scheduler']['_class_name']}"]
+    if left_out:
+        keep = " (a .safetensors file keeps the settings)" if path.suffix == ".pth" else ""
+        logger.warning(f"{path}: left out, as the format has no place for it: {', '.join(left_out)}{keep}")
+
+
+def save_reference_checkpoint(
+    model: PixelDecoderTransformer2DModel, path: str | Path, settings: Mapping[str, Any] | None = None
+) -> None:
     """Write the reference's format, `.pth` or `.safetensors`, under the released files' prefix `net.`.
+
+    Args:
+        model: to write.
+        path: of the file.
+        settings: beside the network's own arguments, kept as metadata of a `.safetensors` file, for `read_settings`.
 
     Raises:
         ValueError: another suffix, or a network that the reference cannot run.
@@ -351,12 +423,57 @@ def save_reference_checkpoint(model: PixelDecoderTransformer2DModel, path: str |
     if model.config.prediction_type != "velocity" or model.config.text_embed_dim is None:
         raise ValueError("the reference knows only networks with text that predict the velocity")
     state = {f"net.{name}": t.contiguous() for name, t in export_reference_state_dict(model.state_dict()).items()}
+    network = {key: value for key, value in model.config.items() if key[:1] != "_"}
+    metadata = {SETTINGS: json.dumps({"network": network, **(settings or {})})}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(state, temporary) if path.suffix == ".safetensors" else torch.save(state, temporary)
+        if path.suffix == ".safetensors":
+            save_file(state, temporary, metadata)
+        else:
+            torch.save(state, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What a reference checkpoint tells beside its tensors, if we wrote it: "network", the arguments of the model,
+    and of a pipeline "pipeline", its own, and "scheduler", its scheduler's configuration.
+
+    Raises:
+        ValueError: an unreadable file, or something else in that place.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        raise ValueError(f"{path}: its settings (metadata {SETTINGS!r}) are not readable") from None
+    if not isinstance(settings, dict) or not all(isinstance(part, dict) for part in settings.values()):
+        raise ValueError(f"{path}: its settings (metadata {SETTINGS!r}) are not what this library writes")
+    return settings
+
+
+def pipeline_settings(path: str | Path) -> dict[str, Any]:
+    """Arguments of the pipeline, its scheduler among them, that a reference checkpoint tells if we wrote it.
+
+    Raises:
+        ValueError: as `read_settings`, or no such scheduler.
+    """
+    settings = read_settings(path)
+    if "pipeline" not in settings:
+        return {}
+    config = settings.get("scheduler", {})
+    scheduler: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    is_scheduler = isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)
+    if not is_scheduler:
+        raise ValueError(f"{path}: diffusers has no scheduler {config.get('_class_name')!r}")
+    return {"scheduler": scheduler.from_config(config), **settings["pipeline"]}
+
+
+SETTINGS = "pixeldecoder"
+"""Key of the metadata."""
 
 
 def _pixel_dim(state: Mapping[str, torch.Tensor], block: str) -> int:
@@ -391,7 +508,3 @@ def _canonical(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         leaf = name.rsplit(".", 1)[1]
         state[f"{block}.adaLN_modulation.0.{leaf}"] = joined
     return state
-
-
-def _listing(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

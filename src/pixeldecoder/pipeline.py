@@ -18,12 +18,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pixeldecoder.convert import check_arguments, pipeline_settings
 from pixeldecoder.latents import SPACES, ImageEncoder, add_noise, encode, unreachable
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.plan import plan
-from pixeldecoder.presets import HUB_REPOSITORY, PRESETS, RELEASED_LICENSE, find_preset
+from pixeldecoder.presets import HUB_REPOSITORY, PRESETS, RELEASED_LICENSE, find_preset, sampled_like
 from pixeldecoder.text import PromptEncoder, encode_prompts
 from pixeldecoder.tiling import tiled_velocity
 
@@ -134,20 +135,26 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         cls, path: str | Path, preset: str | None = None, torch_dtype: torch.dtype | None = None, **overrides
     ) -> "PixelDecoderPipeline":
         """Load a checkpoint in the reference's format; see `PixelDecoderTransformer2DModel.from_single_file`."""
-        known = find_preset(path, preset)
         transformer = PixelDecoderTransformer2DModel.from_single_file(path, preset, torch_dtype, **overrides)
-        if known is None:
-            return cls(transformer, FlowMatchLCMScheduler(shift=1.0))
-        _print_license(known.name, RELEASED_LICENSE)
-        return cls(
-            transformer,
-            FlowMatchLCMScheduler(shift=1.0) if known.distilled else teacher_scheduler(),
-            default_num_inference_steps=known.num_inference_steps,
-            default_guidance_scale=known.guidance_scale,
-            latent_space=known.latent_space,
-            license=RELEASED_LICENSE,
-            trained_size=known.trained_size,
-        )
+        settings: dict[str, Any] = {} if preset else pipeline_settings(path)
+        if settings:
+            check_arguments(cls, settings, path)
+        else:
+            known = find_preset(path, preset)
+            like = known or sampled_like(path, is_prior=transformer.adapter is None)
+            if like is None:
+                logger.warning(f"{path}: nothing tells how it is sampled: taken for a student of 1 to 4 steps")
+            distilled = like is None or like.distilled
+            settings["scheduler"] = FlowMatchLCMScheduler(shift=1.0) if distilled else teacher_scheduler()
+            if like is not None:
+                settings["default_num_inference_steps"] = like.num_inference_steps
+                settings["default_guidance_scale"] = like.guidance_scale
+            if known is not None:
+                settings |= dict(latent_space=known.latent_space, trained_size=known.trained_size)
+                settings["license"] = RELEASED_LICENSE
+        if settings.get("license"):
+            _print_license(str(path), settings["license"])
+        return cls(transformer, **settings)
 
     @torch.no_grad()
     def __call__(
@@ -251,6 +258,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         features = None
         if latents is not None:
             features = self.transformer.encode_latents(latents.to(device), height, width)
+        rotary = self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, device)
         scheduler = self._set_times(num_inference_steps, sigmas, height, width, device)
 
         def velocity(
@@ -258,7 +266,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         ) -> torch.Tensor:
             return self.transformer(
                 image, time, text, sigma=sigma, latent_features=features, chunk_size=layout.chunk_size,
-                return_dict=False,
+                image_rotary_emb=rotary, return_dict=False,
             )[0].float()  # fmt: skip
 
         def guided(image: torch.Tensor, features: LatentFeatures | None) -> torch.Tensor:
@@ -269,7 +277,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             return v_u + guidance_scale * (v - v_u)
 
         aux_pixels = config.patch_size // config.scale
-        with self.progress_bar(total=len(scheduler.timesteps) * len(layout.tiles)) as progress:
+        with self.progress_bar(total=len(scheduler.timesteps) * layout.tiles.count) as progress:
             for step, timestep in enumerate(scheduler.timesteps):
                 # Not `timestep`, which DPM-Solver++ rounds to an integer.
                 time = 1000 * scheduler.sigmas[step]

@@ -26,6 +26,8 @@ OTHER_CHUNK_BYTES = 128 * MIB
 SMALLEST_CHUNK = 16
 OVERHEAD = 1.25
 """Time of what is neither a matrix product nor attention, over theirs."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container its limits."""
 WORKSPACE = 96 * MIB
 """What libraries allocate for themselves: oneDNN's kernels, cuBLAS' workspace, fragments."""
 
@@ -47,10 +49,10 @@ class Plan:
 
     @property
     def tiled(self) -> bool:
-        return len(self.tiles) > 1
+        return self.tiles.count > 1
 
     def __str__(self) -> str:
-        how = f"{len(self.tiles)} tiles of {self.tiles.width} x {self.tiles.height} px" if self.tiled else "whole"
+        how = f"{self.tiles.count} tiles of {self.tiles.width} x {self.tiles.height} px" if self.tiled else "whole"
         return (
             f"{self.width} x {self.height} px, {how}, {self.chunk_size} patches at a time, "
             f"{self.memory / 1e9:.1f} GB of memory"
@@ -117,9 +119,9 @@ def plan(
             memory = peak_memory(model, height, width, batch, text_tokens, tiles, chunk, device, offload)
             if memory <= budget:
                 flops = count_flops(model, tiles.height // patch * (tiles.width // patch), text_tokens)
-                matrix, attended = (batch * len(tiles) * x for x in flops)
+                matrix, attended = (batch * tiles.count * x for x in flops)
                 return Plan(height, width, tiles, chunk, memory, matrix, attended)
-    what = f"{tiles.width} x {tiles.height} px tiles" if len(tiles) > 1 else "the whole image"
+    what = f"{tiles.width} x {tiles.height} px tiles" if tiles.count > 1 else "the whole image"
     raise ValueError(
         f"{width} x {height} px would take {memory / 1e9:.2f} GB with {what} and {chunk} patches at a time, but "
         f"{budget / 1e9:.2f} GB may be used: allow more memory, or make "
@@ -154,11 +156,18 @@ def memory_budget(device: torch.device, max_memory: int | str | None = None) -> 
     elif device.type == "mps":
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     else:
-        free = psutil.virtual_memory().available
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-        if limit.is_file() and limit.read_text().strip().isdigit():  # a container's
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
+        free = min(psutil.virtual_memory().available, _free_in_container())
     return held_memory(device) + int(0.95 * free)
+
+
+def _free_in_container() -> float:
+    """Bytes below the limit of a control group, infinitely many without one. Files that were read, such as weights,
+    count as used there until somebody wants their memory: they are free."""
+    limit, used, parts = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.is_file() or not limit.read_text().strip().isdigit():
+        return math.inf
+    stat = dict(line.split() for line in parts.read_text().splitlines())
+    return int(limit.read_text()) - int(used.read_text()) + int(stat["inactive_file"])
 
 
 def held_memory(device: torch.device) -> int:
@@ -196,7 +205,7 @@ def peak_memory(
         injections = len(model.adapter.heads) + config.inject_pixels
         features = injections * whole * dim * item
         adapter = 5 * whole * config.adapter_dim * item
-        if len(tiles) > 1:
+        if tiles.count > 1:
             features += injections * tile * dim * item
     tokens = tile * dim * item
     text = batch * text_tokens * dim * item
@@ -206,7 +215,7 @@ def peak_memory(
     pixel_chunk = chunk * 12 * pixel_values * item
     pixel_phase = 2 * tokens + 2 * tile * pixel_values * item + 4 * tile * pixel_attn * item + pixel_chunk
     tile_canvas = 12 * tile * config.patch_size**2
-    network = (2 if len(tiles) > 1 else 1) * canvas + 2 * tile_canvas + max(patch_phase, pixel_phase)
+    network = (2 if tiles.count > 1 else 1) * canvas + 2 * tile_canvas + max(patch_phase, pixel_phase)
     if offload or _is_group_offload_enabled(model):
         # A block and the next, which is on its way.
         weights = 2 * max(weight_bytes(m) for m in model.modules() if type(m).__name__ in model._no_split_modules)

@@ -1,5 +1,6 @@
 """A released checkpoint's name in; its configuration, latent space and licence out (method: Latent spaces)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,19 @@ def _presets() -> dict[str, Preset]:
 
 PRESETS = _presets()
 """Every released checkpoint by name."""
+
+
+def sampled_like(path: str | Path, is_prior: bool) -> Preset | None:
+    """A release that an unreleased network is sampled like: the prior; a teacher or a student, where its file's name or
+    its folder's says so ("undistilled", "teacher", "distilled", "4step", "student"); `None` where nothing tells."""
+    if is_prior:
+        return PRESETS["PixelDiT_finetune_2kto4k"]
+    for name in (Path(path).stem, Path(path).parent.name):
+        if re.search("undistilled|teacher", name, re.IGNORECASE):
+            return PRESETS["PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled"]
+        if re.search("distill|4step|student", name, re.IGNORECASE):
+            return PRESETS["PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step"]
+    return None
 
 
 def find_preset(path: str | Path, name: str | None = None) -> Preset | None:

@@ -5,14 +5,15 @@ blended, at every step and on one canvas of noise, so that neighbouring tiles ag
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from pixeldecoder.models.adapter import LatentFeatures
 
 
-class Tiles(NamedTuple):
+@dataclass(frozen=True)
+class Tiles:
     """How an image is cut: equal tiles, evenly spread, in pixels."""
 
     height: int
@@ -22,7 +23,8 @@ class Tiles(NamedTuple):
     overlap: int
     """At least, where there are several."""
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return len(self.tops) * len(self.lefts)
 
 

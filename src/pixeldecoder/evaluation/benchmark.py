@@ -282,7 +282,7 @@ def _decoder_run(task: dict[str, Any], parts: list[str]) -> tuple[Run, dict[str,
         ).images  # fmt: skip
 
     return run, {
-        "tiles": len(chosen.tiles),
+        "tiles": chosen.tiles.count,
         "planned_memory": chosen.memory,
         "tflop": steps * (chosen.matrix_flops + chosen.attention_flops) / 1e12,
         "tflop_whole": steps * whole / 1e12,

@@ -1,13 +1,12 @@
 """What the networks share as diffusers models: weights fit or are refused, and `AutoModel` opens their folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 
 class FolderMixin:
     """Stands before diffusers' `ModelMixin` and `ConfigMixin`, which loaders look for by name in a network's module."""
-
-    _auto_class = "AutoModel"  # diffusers writes it to config.json, as "auto_map": "<module>.<class>"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Any:
@@ -22,16 +21,21 @@ class FolderMixin:
             check_fit(pretrained_model_name_or_path, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
         return (model, info) if wanted else model
 
+    def to_json_string(self) -> str:
+        """With the module and the class that `AutoModel` takes with `trust_remote_code=True`."""
+        config = json.loads(super().to_json_string())
+        config["auto_map"] = {"AutoModel": f"pixeldecoder.{type(self).__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
     def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """config.json, and the module that its "auto_map" names, for `AutoModel` with `trust_remote_code=True`."""
+        """config.json, and the module that it names."""
         super().save_config(save_directory, *args, **kwargs)
-        module, name = type(self).__module__.rpartition(".")[2], type(self).__name__
-        line = f'"""For diffusers\' AutoModel, which looks for {name} here."""\n\nfrom pixeldecoder import {name}\n'
-        (Path(save_directory) / f"{module}.py").write_text(line)
+        line = f"from pixeldecoder import {type(self).__name__}  # noqa: F401\n"
+        (Path(save_directory) / "pixeldecoder.py").write_text(line)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
-        """Without "auto_map", which diffusers writes and then warns of as unexpected."""
+        """Without "auto_map", of which diffusers warns as unexpected."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
 
