@@ -1,21 +1,26 @@
 """Reference checkpoints in every guise, both ways, and files that are none."""
 
+import json
 import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import DPMSolverMultistepScheduler, FlowMatchLCMScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from conftest import CASES, Golden, manifests, tiny_model
-from pixeldecoder import PixelDecoderTransformer2DModel
+from conftest import CASES, TINY, TINY_V15, Golden, manifests, tiny_model
+from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
 from pixeldecoder.convert import (
     config_from_reference,
     convert_reference_state_dict,
     export_reference_state_dict,
+    folder_to_reference,
     infer_config,
     load_folder,
     save_reference_checkpoint,
 )
+from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS
 
 OPEN = ("latent_channels", "latent_downscale_factor", "scale", "unpack_latents", "adapter_padding_mode")
@@ -177,3 +182,166 @@ def test_unreleased_network_asks_for_what_is_open(tmp_path):
         PixelDecoderTransformer2DModel.from_single_file(path)
     with pytest.raises(ValueError, match='no released checkpoint "nonsense"'):
         PixelDecoderTransformer2DModel.from_single_file(path, preset="nonsense")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(-1, -1), (0, -1), (1, 0), (2, 1), (4, 3)])
+def test_auxiliary_block_counts_from_one(theirs, ours):
+    """Theirs is the number of residual blocks before the head, where it is not the last features."""
+    kwargs = Golden("v15_flux").kwargs | {"lq_aux_rgb_head_latent_block_idx": theirs, "lq_num_res_blocks": 4}
+    config = config_from_reference(kwargs)
+    assert config["aux_rgb_block"] == ours
+    model = tiny_model(**config)
+    latents = torch.randn(1, config["latent_channels"], 2, 2)
+    before = model.encode_latents(latents, 64, 64, return_aux_rgb=True).aux_rgb
+    for block in range(4):
+        model.adapter.convs[3 + block].block[5].bias.data += 1
+        after = model.encode_latents(latents, 64, 64, return_aux_rgb=True).aux_rgb
+        assert torch.equal(before, after) == (theirs > 0 and block + 1 > theirs)
+        before = after
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher's folder, with settings that no tensor tells, and an encoder."""
+    folder = tmp_path_factory.mktemp("convert") / "teacher"
+    config = TINY_V15 | dict(aux_rgb_block=1, num_adapter_layers=3, scale=2)
+    PixelDecoderPipeline(
+        tiny_model(**config),
+        teacher_scheduler(),
+        encoder=TinyLatentEncoder(channels=8, num_blocks=(0, 0, 0, 1)),
+        default_num_inference_steps=25,
+        default_guidance_scale=5.0,
+        latent_space="flux",
+        license="one's own",
+        trained_size=512,
+    ).save_pretrained(folder)
+    return folder
+
+
+def told(pipeline) -> dict:
+    return {key: value for key, value in pipeline.config.items() if key[:1] != "_" and not isinstance(value, tuple)}
+
+
+def test_settings_come_back(teacher, tmp_path, caplog):
+    folder_to_reference(teacher, tmp_path / "model.safetensors")
+    assert caplog.messages == [f"{tmp_path}/model.safetensors: left out, as the format has no place for it: encoder"]
+    assert load_file(tmp_path / "model.safetensors").keys() == {
+        f"net.{name}" for name in export_reference_state_dict(load_folder(teacher).state_dict())
+    }
+    before = PixelDecoderPipeline.from_pretrained(teacher)
+    after = PixelDecoderPipeline.from_pretrained(tmp_path / "model.safetensors")
+    expected = dict(
+        default_num_inference_steps=25, default_guidance_scale=5.0, latent_space="flux", license="one's own",
+        trained_size=512,
+    )  # fmt: skip
+    assert told(before) == told(after) and told(after).items() >= expected.items()
+    assert type(after.scheduler) is DPMSolverMultistepScheduler and after.scheduler.config == before.scheduler.config
+    assert (after.transformer.config.aux_rgb_block, after.transformer.config.scale) == (1, 2)
+    after.save_pretrained(tmp_path / "again")
+    assert_same(load_folder(tmp_path / "again").state_dict(), load_folder(teacher).state_dict())
+    assert load_folder(tmp_path / "again").config == load_folder(teacher).config
+
+
+def test_pth_holds_tensors_alone_and_it_is_said(teacher, tmp_path, caplog):
+    folder_to_reference(teacher, tmp_path / "model.pth")
+    (line,) = caplog.messages
+    for lost in "encoder", "trained_size 512", "latent_space flux", "default_guidance_scale 5.0", "DPMSolverMultistep":
+        assert lost in line
+    caplog.clear()
+    folder_to_reference(teacher / "transformer", tmp_path / "network.pth")
+    assert caplog.messages == []
+    assert torch.load(tmp_path / "model.pth", weights_only=True).keys() == torch.load(tmp_path / "network.pth").keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "steps", "guidance"),
+    [
+        ("my_undistilled.pth", DPMSolverMultistepScheduler, 25, 5.0),
+        ("Teacher-v2/model.safetensors", DPMSolverMultistepScheduler, 25, 5.0),
+        ("teachers/my_student.pth", FlowMatchLCMScheduler, 4, 1.0),
+        ("my_distill_4step/model.pth", FlowMatchLCMScheduler, 4, 1.0),
+    ],
+)
+def test_unreleased_network_is_sampled_as_its_name_says(name, scheduler, steps, guidance, tmp_path, caplog):
+    path = tmp_path / "x" / name
+    path.parent.mkdir(parents=True)
+    save_reference_checkpoint(tiny_model(**TINY), path)
+    options = {
+        key: TINY.get(key, value) for key, value in tiny_model().config.items() if key in (*OPEN, "rope_reference_size")
+    }
+    pipeline = PixelDecoderPipeline.from_pretrained(path, **options)
+    assert type(pipeline.scheduler) is scheduler
+    assert pipeline.config.default_num_inference_steps == steps
+    assert pipeline.config.default_guidance_scale == guidance
+    assert pipeline.config.latent_space is pipeline.config.trained_size is pipeline.config.license is None
+    assert not caplog.messages
+
+
+def test_network_of_which_nothing_is_told(tmp_path, caplog):
+    golden = Golden("v1_sdxl")
+    torch.save(golden.state, tmp_path / "model.pth")
+    pipeline = PixelDecoderPipeline.from_pretrained(tmp_path / "model.pth", **overrides(golden))
+    assert type(pipeline.scheduler) is FlowMatchLCMScheduler
+    assert caplog.messages == [
+        f"{tmp_path}/model.pth: nothing tells how it is sampled: taken for a student of 1 to 4 steps"
+    ]
+    caplog.clear()
+    torch.save({k: t for k, t in golden.state.items() if not k.startswith("lq_proj")}, tmp_path / "prior.pth")
+    prior = PixelDecoderPipeline.from_pretrained(tmp_path / "prior.pth", rope_reference_size=2048)
+    assert type(prior.scheduler) is DPMSolverMultistepScheduler and not caplog.messages
+    assert (prior.config.default_num_inference_steps, prior.config.default_guidance_scale) == (50, 2.75)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "its settings .* are not readable"),
+        ("[" * 100_000, "its settings .* are not readable"),
+        ("[1]", "not what this library writes"),
+        ({"network": 5}, "not what this library writes"),
+        ({"network": {"num_wheels": 4}}, "this version of pixeldecoder does not know: num_wheels"),
+        ({"network": {"patch_size": "x"}}, "patch_size is 'x': expected a whole number"),
+        ({"pipeline": {"wheels": 4}, "scheduler": {"_class_name": "DDIMScheduler"}}, "does not know: wheels"),
+        ({"pipeline": {}, "scheduler": {"_class_name": "FluxPipeline"}}, "no scheduler 'FluxPipeline'"),
+        ({"pipeline": {}}, "no scheduler None"),
+    ],
+)
+def test_bad_settings(settings, message, tmp_path):
+    golden, path = Golden("v1_sdxl"), tmp_path / "model.safetensors"
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    save_file(golden.state, path, {"pixeldecoder": text})
+    with pytest.raises(ValueError, match=message) as error:
+        PixelDecoderPipeline.from_pretrained(path, **overrides(golden))
+    assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_named_release_is_believed_over_the_files_own_settings(tmp_path):
+    golden = Golden("v15_flux")
+    save_reference_checkpoint(golden.model, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["pixeldecoder"])["network"]["rope_reference_size"] == 2048
+    model = PixelDecoderTransformer2DModel.from_single_file(
+        tmp_path / "model.safetensors", "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step", rope_reference_size=64
+    )
+    assert model.config.rope_reference_size == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config | {"num_layers": 2}, r"unexpected: .*patch_blocks\.2"),
+        (lambda config: config | {"num_layers": 8}, r"missing: .*patch_blocks\.4"),
+        (lambda config: config | {"pixel_dim": 4}, r"of another shape: norm_out.weight \(8,\) for \(4,\)"),
+        (lambda config: config | {"wheels": 4}, "does not know: wheels"),
+        (lambda config: config | {"scale": 0}, "scale is 0"),
+        (lambda config: [], "config.json: expected a JSON object"),
+        (lambda config: None, "config.json: expected a JSON object"),
+    ],
+)
+def test_bad_folder(change, message, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = change(json.loads((tmp_path / "config.json").read_text()))
+    (tmp_path / "config.json").write_text("{" if config is None else json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        load_folder(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import TINY, TINY_NANO, tiny_model
 from pixeldecoder import PixelDecoderTransformer2DModel
 from pixeldecoder.performance import set_attention
-from pixeldecoder.plan import count_flops, estimate_seconds, measure_rates, must_offload, plan
+from pixeldecoder.plan import (
+    Plan,
+    count_flops,
+    default_chunk_size,
+    estimate_seconds,
+    measure_rates,
+    memory_budget,
+    must_offload,
+    plan,
+)
+from pixeldecoder.tiling import Tiles
 
 DECODE = """
 import json, sys
@@ -108,3 +119,77 @@ def test_offloading_is_for_accelerators():
     assert must_offload(model, torch.device("cuda"), "4GB") and not must_offload(model, torch.device("cuda"), "8GB")
     offloaded = plan(model, 1024, 1024, device=torch.device("cpu"), offload=True).memory
     assert offloaded < plan(model, 1024, 1024, device=torch.device("cpu")).memory - 2e9
+
+
+def test_chunks_and_overlap_by_default():
+    """The largest tensor of a chunk takes 8 MiB on a CPU, 128 MiB elsewhere: 2 bytes to each of 4 x 256 x 16 values."""
+    model = released()
+    for device, patches in ("cpu", 256), ("cuda", 4096):
+        assert default_chunk_size(model, torch.device(device)) == patches
+    assert default_chunk_size(released(torch.float32), torch.device("cuda")) == 2048
+    kwargs = dict(device=torch.device("cuda"), max_memory="80GB")
+    assert plan(model, 4096, 4096, trained_size=2048, **kwargs).tiles == Tiles(
+        1408, 1408, (0, 1344, 2688), (0, 1344, 2688), 64
+    )
+    assert plan(model, 4096, 4096, tile_size=128, **kwargs).tiles.overlap == 32  # a quarter
+    assert plan(model, 4096, 4096, tile_size=512, tile_overlap=16, **kwargs).tiles.overlap == 16
+
+
+@pytest.mark.parametrize(
+    ("config", "chunk_size", "kwargs", "expected"),
+    [
+        # Pixels: 2 x 32 x 32 of tokens, 2 x 32 x 2048 and 12 x 16 x 2048 of pixels, 4 x 32 x 24 of attention.
+        (TINY, 8, {}, 4 * (2 * 32 * 32 + 1.1 * (3 * 3 * 8192 + 2048 + 131072 + 393216 + 3072))),
+        # Patches, tokens of 512: 2 and once attended, with text three times, twice joined, and 12 x 2 x 512 of a chunk.
+        (TINY | dict(num_attention_heads=32, pixel_dim=4), 1, {},
+         4 * (2 * 32 * 512 + 1.1 * (3 * 3 * 8192 + 2 * 16384 + 6 * (16384 + 5120) + 16384 + 5120 + 12288))),
+        # The same in tiles of 32 x 32: the canvas once more, features of 8 patches, 3 x 3 x 2 x 1024 of a tile.
+        (TINY | dict(num_attention_heads=32, pixel_dim=4), 1, dict(tile_size=32, tile_overlap=16),
+         4 * (2 * (32 + 8) * 512
+              + 1.1 * (2 * 3 * 8192 + 2 * 3 * 2048 + 2 * 4096 + 6 * (4096 + 5120) + 4096 + 5120 + 12288))),
+    ],
+    ids=["pixels", "patches", "tiles"],
+)  # fmt: skip
+def test_memory_by_hand(config, chunk_size, kwargs, expected, monkeypatch):
+    """Two images of 64 x 64 px, 32 patches of 2 of 16 px, and 5 text tokens to each, in float32."""
+    monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 1000)
+    chosen = plan(
+        tiny_model(**config), 64, 64, 2, 5, chunk_size=chunk_size, max_memory="80GB", **{"tile_size": None} | kwargs
+    )
+    assert chosen.memory == pytest.approx(1000 + 96 * 2**20 + expected, abs=2)
+
+
+def test_weights_elsewhere_are_counted(monkeypatch):
+    """Those of a model that is yet to be moved, or of a block and the next where they take turns."""
+    monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 0)
+    model, kwargs = tiny_model(**TINY), dict(tile_size=None, max_memory="80GB")
+    here = plan(model, 64, 64, **kwargs).memory
+    there = plan(
+        model, 64, 64, device=torch.device("cuda"), chunk_size=plan(model, 64, 64, **kwargs).chunk_size, **kwargs
+    )
+    assert there.memory - here == 4 * sum(p.numel() for p in model.parameters())
+    largest = max(
+        sum(p.numel() for p in m.parameters()) for m in (*model.patch_blocks, *model.pixel_blocks, model.adapter)
+    )
+    assert plan(model, 64, 64, offload=True, **kwargs).memory - here == 2 * 4 * largest
+
+
+def test_seconds_from_known_rates():
+    """4 passes of 1 TFLOP at 1 TFLOP/s and 2 at 4, and a quarter more for all else."""
+    known = Plan(64, 64, Tiles(64, 64, (0,), (0,), 0), 16, 0, matrix_flops=1e12, attention_flops=2e12)
+    assert estimate_seconds(known, (1e12, 4e12), 4) == pytest.approx(7.5)
+
+
+def test_limit_of_a_container(monkeypatch, tmp_path):
+    """What it may take, less what it holds; but files read, such as weights, are held for nobody."""
+    monkeypatch.setattr("pixeldecoder.plan.CGROUP", tmp_path)
+    monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 1000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=50_000))
+    cpu = torch.device("cpu")
+    assert memory_budget(cpu) == 1000 + 47_500  # no container
+    (tmp_path / "memory.current").write_text("30000\n")
+    (tmp_path / "memory.stat").write_text("anon 6000\nfile 24000\nactive_file 4000\ninactive_file 20000\n")
+    for limit, free in ("max", 50_000), ("40000", 30_000), ("900000", 50_000):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert memory_budget(cpu) == 1000 + 0.95 * free
+    assert memory_budget(cpu, "2GB") == 2 * 10**9

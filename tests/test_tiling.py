@@ -1,5 +1,7 @@
 """Tiles against the whole image."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,29 @@ def test_tiles_cover_the_image_and_their_weights_sum_to_one(side, tile, overlap,
     velocity = tiled_velocity(lambda x, _: x, image, None, tiles, patch, 4, lambda: calls.append(1))
     torch.testing.assert_close(velocity, image)
     assert len(calls) == tiles.count
+
+
+@pytest.mark.parametrize(
+    ("side", "tile", "overlap", "patch", "length", "starts"),
+    [
+        (1024, 512, 64, 16, 384, (0, 320, 640)),  # 64 patches: 3 tiles of 24, where 2 of 32 would share none
+        (1024, 512, 0, 16, 512, (0, 512)),
+        (1024, 512, 60, 16, 384, (0, 320, 640)),  # of whole patches
+        (1024, 544, 64, 16, 544, (0, 480)),
+        (528, 512, 64, 16, 304, (0, 224)),
+        (80, 32, 0, 16, 32, (0, 16, 48)),  # cannot be spread evenly
+        (512, 512, 64, 16, 512, (0,)),
+        (64, 40, 39, 8, 40, (0, 8, 16, 24)),  # at least a patch further each time
+        (520, 512, 0, 8, 264, (0, 256)),
+    ],
+)
+def test_where_tiles_lie(side, tile, overlap, patch, length, starts):
+    tiles = cut(side, patch, tile, overlap, patch)
+    assert (tiles.height, tiles.tops, tiles.width, tiles.lefts) == (length, starts, patch, (0,))
+    assert tiles.count == len(starts)
+    turned = cut(patch, side, tile, overlap, patch)
+    assert turned == Tiles(patch, length, (0,), starts, overlap) == replace(turned, overlap=overlap)
+    assert replace(tiles, lefts=(0, 8)).count == 2 * len(starts)
 
 
 def test_weights_ramp():

@@ -214,11 +214,59 @@ def test_wrong_input(change, message):
         ({"prediction_type": "epsilon"}, "velocity"),
         ({"aux_rgb_base": True}, "needs aux_rgb"),
         ({"scale": 3}, "multiple or a divisor of patch_size"),
+        ({"patch_size": 0}, "patch_size is 0: expected a whole number, at least 1"),
+        ({"patch_size": "x"}, "patch_size is 'x': expected a whole number"),
+        ({"patch_size": 16.0}, "patch_size is 16.0: expected a whole number"),
+        ({"num_layers": -1}, "num_layers is -1"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"attention_head_dim": 4}, "attention_head_dim is 4: expected a multiple of 4, at least 8"),
+        ({"num_pixel_layers": 0}, "num_pixel_layers is 0"),
+        ({"pixel_dim": 6}, "pixel_dim is 6: expected a multiple of 4, at least 4"),
+        ({"num_pixel_attention_heads": 0}, "num_pixel_attention_heads is 0"),
+        ({"pixel_attention_head_dim": 18}, "pixel_attention_head_dim is 18: expected a multiple of 4"),
+        ({"text_embed_dim": 0}, "text_embed_dim is 0"),
+        ({"max_text_length": None}, "max_text_length is None"),
+        ({"latent_channels": 0}, "latent_channels is 0"),
+        ({"latent_downscale_factor": -8}, "latent_downscale_factor is -8"),
+        ({"scale": 0}, "scale is 0"),
+        ({"scale": -4}, "scale is -4"),
+        ({"adapter_dim": 30}, "adapter_dim is 30: expected a multiple of 4"),
+        ({"num_adapter_layers": -1}, "num_adapter_layers is -1: expected a whole number, at least 0"),
+        ({"adapter_padding_mode": "reflect"}, "adapter_padding_mode is 'reflect': expected 'zeros' or 'replicate'"),
+        ({"injection_interval": 0}, "injection_interval is 0"),
+        ({"unpack_latents": "yes"}, "unpack_latents is 'yes': expected True or False"),
+        ({"per_channel_gate": 1}, "per_channel_gate is 1: expected True or False"),
+        ({"inject_pixels": None}, "inject_pixels is None"),
+        ({"aux_rgb": []}, r"aux_rgb is \[\]"),
+        ({"aux_rgb_base": 0}, "aux_rgb_base is 0"),
+        ({"aux_rgb_block": -2}, "aux_rgb_block is -2: expected a whole number, at least -1"),
+        ({"aux_rgb_block": 4}, "aux_rgb_block is 4: expected less than num_adapter_layers, 4"),
+        ({"rope_reference_size": 0}, "rope_reference_size is 0"),
+        ({"prediction_type": ["sample"]}, r"prediction_type is \['sample'\]"),
+        ({"aux_rgb": True, "scale": 32}, "expected scale 32 to divide patch_size 16"),
+        ({"unpack_latents": True, "latent_channels": 18}, "latent_channels 18 to be a multiple of 4"),
+        ({"unpack_latents": True, "latent_downscale_factor": 1}, "latent_downscale_factor 1 of 2"),
     ],
 )
 def test_wrong_config(config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         PixelDecoderTransformer2DModel(**(TINY | config))
+    assert "\n" not in str(error.value)
+
+
+def test_smallest_config():
+    """What is at the edge of the ranges works."""
+    model = tiny_model(
+        patch_size=1, num_layers=1, num_attention_heads=1, attention_head_dim=8, num_pixel_layers=1, pixel_dim=4,
+        num_pixel_attention_heads=1, pixel_attention_head_dim=8, text_embed_dim=1, max_text_length=1, latent_channels=1,
+        latent_downscale_factor=1, scale=1, adapter_dim=4, num_adapter_layers=0, injection_interval=1,
+        rope_reference_size=1, aux_rgb=True,
+    )  # fmt: skip
+    output = model(
+        torch.randn(1, 3, 2, 1), 500.0, torch.randn(1, 3, 1), latents=torch.randn(1, 1, 2, 1), return_aux_rgb=True
+    )
+    assert output.sample.shape == output.aux_rgb.shape == (1, 3, 2, 1) and output.sample.isfinite().all()
 
 
 def test_save_and_load(tmp_path):

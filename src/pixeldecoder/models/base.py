@@ -54,4 +54,4 @@ def check_fit(source: object, **problems: list[str]) -> None:
 
 def listing(names: list[str]) -> str:
     """The first names, in order."""
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return ", ".join(sorted(names)[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
