@@ -11,7 +11,7 @@ from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVi
 
 from conftest import Golden, golden_parameter
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.latents import SPACES, add_noise, find_latent_space, load_image_encoder
+from pixeldecoder.latents import SPACES, add_noise, find_latent_space, load_autoencoder, load_image_encoder
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -113,16 +113,19 @@ def siglip(size=224):
 def test_siglip(tmp_path):
     """As Scale-RAE: 224 px of a 256 px image, features before the last norm, then a norm without gain."""
     model = siglip()
+    for parameter in model.vision_model.parameters():
+        parameter.data *= 0.05  # features small enough for the norm's epsilon to show
     model.save_pretrained(tmp_path)
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(1)) * 2 - 1
     z = load_image_encoder(str(tmp_path))(image)
     with torch.no_grad():
-        small = F.interpolate(image, 224, mode="bicubic", antialias=True).clamp(-1, 1)
+        small = F.interpolate(image, 224, mode="bicubic", antialias=True)
+        assert small.abs().max() > 1  # and it is not clamped
         vision = model.vision_model
         vision.post_layernorm = torch.nn.Identity()  # what is asked for is what it would have normalised
         tokens = vision(small).last_hidden_state
-    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(z, tokens.transpose(1, 2).reshape(1, 32, 16, 16), rtol=1e-4, atol=1e-4)
+    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(z, tokens.transpose(1, 2).reshape(1, 32, 16, 16), rtol=1e-5, atol=3e-6)
     assert load_image_encoder(str(tmp_path))(image[..., :128]).shape == (1, 32, 16, 8)
 
 
@@ -177,7 +180,7 @@ def test_upscale_noises_in_the_frame_of_the_space(tmp_path, monkeypatch):
     decoder.set_progress_bar_config(disable=True)
     seen = []
     own = decoder.transformer.encode_latents
-    monkeypatch.setattr(decoder.transformer, "encode_latents", lambda z, *size: seen.append(z) or own(z, *size))
+    monkeypatch.setattr(decoder.transformer, "encode_latents", lambda z, *a, **k: seen.append(z) or own(z, *a, **k))
     clean = torch.randn(1, 4, 4, 4)
     for sigma in (0.0, 0.6):
         generator = torch.Generator().manual_seed(2)
@@ -194,9 +197,36 @@ def test_callable():
     assert load_image_encoder("averaging:encode")(IMAGE).shape == (1, 16, 4, 4)
 
 
+def test_a_latent_space_by_name(tmp_path, monkeypatch):
+    """Its usual autoencoder, wherever an encoder is asked for."""
+    vae = tiny_kl(scaling_factor=2.0)
+    vae.save_pretrained(tmp_path / "vae")
+    asked = []
+    monkeypatch.setattr("pixeldecoder.latents.download", lambda name, patterns: asked.append(name) or tmp_path)
+    mean = vae.encode(IMAGE).latent_dist.mean
+    for name, space in SPACES.items():
+        torch.testing.assert_close(load_image_encoder(name)(IMAGE), 2 * mean)
+        assert asked.pop() == space.encoder
+    assert type(load_autoencoder("sd3")).__name__ == "AutoencoderKL"
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_kl().save_pretrained(tmp_path / "vae")
+    assert load_image_encoder("~/vae")(IMAGE).shape == (1, 4, 16, 16)
+
+
+def test_loading_warns_of_nothing(tmp_path, recwarn):
+    tiny_kl().save_pretrained(tmp_path / "kl")
+    for name in ("nano", str(tmp_path / "kl")):
+        load_image_encoder(name, dtype=torch.bfloat16)
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
+        ("./nothing", "no encoder.*no such folder"),
         ("averaging:decode", "module:function"),
         ("nowhere:encode", "module:function"),
         ("nothing", 'no encoder "nothing": expected "nano"'),

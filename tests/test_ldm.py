@@ -1,6 +1,9 @@
 """Real pipelines stopped after every step, against what they do by themselves; and images decoded from them."""
 
+import functools
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -29,9 +32,17 @@ from PIL import Image
 from conftest import Golden
 from families import FAMILIES, SIZE, build, kl, save_gemma, sdxl, z_image
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.latents import SPACES, encode, find_latent_space, unpack
-from pixeldecoder.ldm import generate, parse_stop, partly_denoise, pipeline_latent_space, signal_and_noise
+from pixeldecoder.latents import SPACES, encode, find_latent_space, normalise, unpack
+from pixeldecoder.ldm import (
+    decoder_seed,
+    generate,
+    parse_stop,
+    partly_denoise,
+    pipeline_latent_space,
+    signal_and_noise,
+)
 from pixeldecoder.pipeline import _print_license
+from pixeldecoder.presets import RELEASED_NEGATIVE_PROMPT
 from pixeldecoder.text import PromptEncoder
 
 STEPS = 4
@@ -129,6 +140,18 @@ def test_output_of_the_pipeline(family):
     latents = unpack(family.output, family.space, **SIZE, autoencoder=family.pipe.vae)
     torch.testing.assert_close(latents, truth(family, STEPS)[0], rtol=1e-4, atol=1e-4)
     assert (family.output.shape[1] == 32) == (family.name == "FLUX.2-klein")
+
+
+def test_normalising_is_the_way_back_of_denormalising(family):
+    """By published numbers, where a family has them; FLUX.2's are in its autoencoder's weights."""
+    latents, _ = truth(family, STEPS)
+    if family.space.name == "flux2":
+        with pytest.raises(ValueError, match=r"flux2's numbers are in its autoencoder alone: give normalised ones"):
+            normalise(latents, family.space)
+    else:
+        torch.testing.assert_close(
+            normalise(denormalised(family, latents), family.space), latents, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_encoding_is_the_pipelines_own(family):
@@ -258,7 +281,7 @@ def test_generate(name, tmp_path):
     )  # fmt: skip
     assert [image.size for image in result.images] == [(256, 128)]
     taken = partly_denoise(pipe, 2, **arguments(kwargs), num_inference_steps=STEPS, generator=[seeded(7)])
-    again = decoder(taken.latents, sigma=taken.sigma, prompt_embeds=text, generator=seeded(7)).images[0]
+    again = decoder(taken.latents, sigma=taken.sigma, prompt_embeds=text, generator=seeded(7 + 2**31)).images[0]
     assert list(again.getdata()) == list(result.images[0].getdata())
 
 
@@ -297,6 +320,138 @@ def test_generate_several(tmp_path):
     assert difference.abs().max() <= 2
     with pytest.raises(ValueError, match="one for each of 2 images, got 3"):
         generate(pipe, decoder, ["a", "b"], seed=[1, 2, 3], **kwargs)
+
+
+def test_noise_of_the_decoder_is_not_the_latent_models():
+    """For one seed, and for the seeds of images that follow; the same for the same seed."""
+    decoder, drawn = PixelDecoderPipeline.from_pretrained("nano"), []
+    decoder.set_progress_bar_config(disable=True)
+    pipe = z_image()
+    pipe.set_progress_bar_config(disable=True)
+
+    def look(decoder, step, timestep, tensors):
+        drawn.append(tensors["image"])
+
+    kwargs = dict(stop_at=1, num_inference_steps=2, num_images_per_prompt=2, **SIZE)
+    settings = {"callback_on_step_end": look, "sigmas": [1.0], "output_type": "latent"}
+    for _ in range(2):
+        generate(pipe, decoder, "a cat", seed=3, decoder_kwargs=settings, **kwargs)
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+    count = 3 * 128 * 256
+    for seed in (3, 4):
+        mine = torch.randn(count, generator=seeded(decoder_seed(seed)))
+        for other in (3, 4, 5):
+            assert (mine * torch.randn(count, generator=seeded(other))).mean().abs() < 5 / count**0.5
+
+
+class Repeated:
+    """What a decoder is called with, for each of several images."""
+
+    def __init__(self, decoder):
+        self.decoder, self.calls = decoder, []
+
+    def __getattr__(self, name):
+        return getattr(self.decoder, name)
+
+    def __call__(self, latents, **kwargs):
+        self.calls.append(kwargs)
+        return ([Image.new("RGB", (8, 8))],)
+
+
+def test_arguments_for_each_image(tmp_path):
+    """Those that an image may have of its own are shared out, everything else goes to each as it is."""
+    decoder = Repeated(PixelDecoderPipeline.from_pretrained(checkpoint(tmp_path, *CHECKPOINTS["FLUX.1"])))
+    pipe, kwargs = build("FLUX.1")
+    kwargs |= dict(stop_at=1, num_inference_steps=2, prompt=["a", "b"], pipe=pipe, decoder=decoder)
+    noise, text = torch.randn(2, 3, 128, 256), embeds(decoder, 2)
+    given = {"sigmas": [0.9, 0.5], "noise": noise, "negative_prompt": ["c", "d"], "prompt_embeds": text[:1]}
+    result = generate(decoder_kwargs=given | {"callback_on_step_end_tensor_inputs": ["image", "image"]}, **kwargs)
+    assert len(result.images) == 2 and len(decoder.calls) == 2
+    for i, call in enumerate(decoder.calls):
+        assert call["sigmas"] == [0.9, 0.5] and call["callback_on_step_end_tensor_inputs"] == ["image", "image"]
+        assert torch.equal(call["noise"], noise[i : i + 1]) and torch.equal(call["prompt_embeds"], text[:1])
+        assert call["negative_prompt"] == "cd"[i] and "prompt" not in call
+        assert call["generator"].initial_seed() == decoder_seed(i)
+    decoder.calls.clear()
+    generate(decoder_kwargs={"negative_prompt": ("c", "d"), "prompt_embeds": None}, **kwargs)
+    assert [(call["prompt"], call["negative_prompt"]) for call in decoder.calls] == [("a", "c"), ("b", "d")]
+    with pytest.raises(
+        ValueError, match="decoder_kwargs: prompt_embeds: expected one, or one for each of 2 images, got 3"
+    ):
+        generate(decoder_kwargs={"prompt_embeds": embeds(decoder, 3)}, **kwargs)
+    assert len(decoder.calls) == 2
+
+
+def test_decoders_output_may_be_a_tuple_of_tensors():
+    decoder = PixelDecoderPipeline.from_pretrained("nano")
+    decoder.set_progress_bar_config(disable=True)
+    pipe = z_image()
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 1, "output_type": "pt", "return_dict": False}
+    result = generate(pipe, decoder, ["a", "b"], stop_at=1, num_inference_steps=2, decoder_kwargs=settings, **SIZE)
+    assert [image.shape for image in result.images] == [(3, 128, 256)] * 2
+
+
+def test_a_pipeline_that_catches_exceptions_is_stopped():
+    pipe, kwargs = build("FLUX.1")
+    own = []
+
+    class Careful(FluxPipeline):
+        def __call__(self, **given):
+            try:
+                return super().__call__(**given)
+            except Exception as error:
+                own.append(error)
+                return [Image.new("RGB", (8, 8))], None
+
+    careful_pipe = Careful(**pipe.components)
+    careful_pipe.set_progress_bar_config(disable=True)
+    taken = partly_denoise(careful_pipe, 1, **arguments(kwargs), num_inference_steps=2)
+    assert taken.step == 1 and taken.images is None and not own
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0, 3.0])
+def test_offloading_encodes_the_decoders_own_negative_prompt(tmp_path, guidance):
+    """An undistilled decoder is guided by default, away from what it was made with."""
+    name = "PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled"
+    decoder = PixelDecoderPipeline.from_pretrained(checkpoint(tmp_path, "v15_flux", name))
+    save_gemma(tmp_path / "gemma")
+    decoder.prompt_encoder = PromptEncoder(str(tmp_path / "gemma"))
+    decoder = Repeated(decoder)
+    pipe, kwargs = build("FLUX.1")
+    settings = {} if guidance is None else {"guidance_scale": guidance}
+    generate(pipe, decoder, "a cat", offload=True, stop_at=1, num_inference_steps=2, decoder_kwargs=settings, **kwargs)
+    (call,) = decoder.calls
+    known = PromptEncoder(str(tmp_path / "gemma"))
+    torch.testing.assert_close(call["prompt_embeds"], known(["a cat"]))
+    assert ("negative_prompt_embeds" in call) == (guidance != 1.0)
+    if guidance != 1.0:
+        torch.testing.assert_close(call["negative_prompt_embeds"], known([RELEASED_NEGATIVE_PROMPT]))
+        assert call["negative_prompt_embeds"].shape == (1, 300, 20)
+
+
+def test_the_documented_lines_run(monkeypatch):
+    """docs/latent-spaces.md, with tiny models in place of the Hub's."""
+    text = (Path(__file__).parents[1] / "docs" / "latent-spaces.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    pipe, decoder, loaded = z_image(), PixelDecoderPipeline.from_pretrained("nano"), []
+    for part in (pipe, decoder):
+        part.set_progress_bar_config(disable=True)
+        monkeypatch.setattr(part, "to", lambda device, part=part: part, raising=False)
+    call = functools.partial(pipe.__call__, **SIZE)
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, **kwargs: call(**kwargs))
+
+    def load(made, name, **kwargs):
+        assert not {"torch_dtype"} & set(kwargs)
+        loaded.append(name)
+        return made
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", functools.partial(load, pipe))
+    monkeypatch.setattr(PixelDecoderPipeline, "from_pretrained", functools.partial(load, decoder))
+    saved = []
+    monkeypatch.setattr(Image.Image, "save", lambda image, path: saved.append((path, image.size)))
+    exec(block, {})
+    assert len(loaded) == 2 and saved == [("image.png", (256, 128))]
 
 
 def test_lora_and_other_arguments_pass(tmp_path):

@@ -1,16 +1,24 @@
 """The pipeline against the reference's samples, and what diffusers users do with it."""
 
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    FluxPipeline,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import GOLDEN, TINY, TINY_NANO, Golden, normal, relative, tiny_model, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.pipeline import student_times, teacher_scheduler
+from pixeldecoder.presets import PRESETS, RELEASED_NEGATIVE_PROMPT
 
 SAMPLES = [
     (path.stem, key)
@@ -135,8 +143,11 @@ def test_output_types():
     make = {kind: pipeline(latents, generator=seeded(0), output_type=kind).images for kind in ("pil", "np", "pt")}
     assert make["pil"][1].size == (96, 64) and make["np"].shape == (2, 64, 96, 3) and make["pt"].shape == (2, 3, 64, 96)
     assert make["pt"].min() >= 0 and make["pt"].max() <= 1
-    assert make["pil"][0].getpixel((5, 7)) == tuple((make["np"][0, 7, 5] * 255).round().astype(int))
-    assert isinstance(pipeline(latents, return_dict=False), tuple)
+    for picture, values in zip(make["pil"], make["np"], strict=True):
+        assert (np.array(picture) == (values * 255).round()).all()
+    raw = pipeline(latents, generator=seeded(0), output_type="latent").images
+    assert raw.dtype == torch.float32 and raw.abs().max() > 1  # not clamped
+    torch.testing.assert_close((raw / 2 + 0.5).clamp(0, 1), make["pt"])
 
 
 def test_callback_may_change_the_image():
@@ -212,20 +223,104 @@ def test_upscale(size):
     assert images.shape == (1, 3, 4 * size[1], 4 * size[0])
     assert pipeline.upscale(image).images[0].size == (4 * size[0], 4 * size[1])
     assert pipeline.upscale(image, output_type="np").images.shape == (1, 4 * size[1], 4 * size[0], 3)
+    kwargs["generator"].manual_seed(0)
+    (again,) = pipeline.upscale(image, return_dict=False, **kwargs)
+    assert torch.equal(again, images)
 
 
 def test_upscale_adds_real_noise_of_its_own_generator(monkeypatch):
     pipeline, image = tiny_pipeline(), Image.effect_noise((32, 32), 50).convert("RGB")
     seen, encode_latents = [], pipeline.transformer.encode_latents
 
-    def spy(latents, *args):
+    def spy(latents, *args, **kwargs):
         seen.append(latents)
-        return encode_latents(latents, *args)
+        return encode_latents(latents, *args, **kwargs)
 
     monkeypatch.setattr(pipeline.transformer, "encode_latents", spy)
     pipeline.upscale(image, sigma=0.4, generator=seeded(0), noise_generator=seeded(7))
     clean = pipeline.encode_image(image)
     torch.testing.assert_close(seen[0], 0.6 * clean + 0.4 * torch.randn(clean.shape, generator=seeded(7)))
+
+
+def test_upscale_tells_the_decoder_sigma():
+    pipeline, image = tiny_pipeline(), Image.effect_noise((32, 32), 50).convert("RGB")
+    told = []
+    hook = lambda module, args, kwargs: told.append(kwargs["sigma"].tolist())  # noqa: E731
+    pipeline.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    for sigma in (0.0, 0.4):
+        pipeline.upscale(image, sigma=sigma, num_inference_steps=1)
+    assert told == [[0.0], pytest.approx([0.4])]
+
+
+def test_layouts_of_latents():
+    """The same numbers packed as FLUX packs them, as an array, and one image's without a batch."""
+    pipeline, latents = tiny_pipeline(), torch.randn(2, 16, 4, 6, generator=seeded(3))
+    decode = partial(pipeline, num_inference_steps=1, output_type="pt")
+    image = decode(latents, generator=seeded(0)).images
+    packed = FluxPipeline._pack_latents(latents, 2, 16, 4, 6)
+    assert packed.shape == (2, 6, 64)
+    size = dict(height=32, width=48)
+    assert torch.equal(decode(packed, generator=seeded(0), **size).images, image)
+    assert torch.equal(decode(latents.flatten(2).transpose(1, 2), generator=seeded(0), **size).images, image)
+    assert torch.equal(decode(latents.numpy(), generator=seeded(0)).images, image)
+    alone = decode(latents[0], generator=seeded(0)).images
+    assert torch.equal(alone, decode(latents[:1], generator=seeded(0)).images)
+    whole = decode((10 * latents).int(), generator=seeded(0)).images
+    assert torch.equal(whole, decode((10 * latents).int().float(), generator=seeded(0)).images)
+
+
+NUMBERS = {"flux": (0.3611, 0.1159, 16), "sd3": (1.5305, 0.0609, 16), "sdxl": (0.13025, 0.0, 4)}
+
+
+@pytest.mark.parametrize("space", NUMBERS)
+def test_denormalized_latents(space):
+    """As the autoencoder's `decode` takes them: z / scaling + shift of normalised z."""
+    scaling, shift, channels = NUMBERS[space]
+    pipeline = tiny_pipeline(**TINY_NANO | {"latent_channels": channels})
+    pipeline.register_to_config(latent_space=space)
+    latents = torch.randn(1, channels, 2, 2)
+    decode = partial(pipeline, num_inference_steps=1, output_type="pt")
+    image = decode(latents, generator=seeded(0)).images
+    raw = decode(latents / scaling + shift, generator=seeded(0), denormalized=True).images
+    torch.testing.assert_close(raw, image, atol=1e-4, rtol=1e-4)
+    pipeline.register_to_config(latent_space="flux2")
+    with pytest.raises(ValueError, match="flux2's numbers are in its autoencoder alone: give normalised ones"):
+        decode(latents, denormalized=True)
+
+
+def test_noise_can_be_given():
+    pipeline = tiny_pipeline()
+    noise = torch.randn(1, 3, 64, 64, generator=seeded(0))
+    given = pipeline(LATENTS, noise=noise, num_inference_steps=1, output_type="pt").images
+    assert torch.equal(given, pipeline(LATENTS, generator=seeded(0), num_inference_steps=1, output_type="pt").images)
+    assert not torch.equal(given, pipeline(LATENTS, noise=-noise, num_inference_steps=1, output_type="pt").images)
+    # Between a student's steps it is the generator's, which has drawn none yet.
+    both = [
+        pipeline(LATENTS, noise=noise, num_inference_steps=2, generator=seeded(s), output_type="pt").images
+        for s in (1, 2)
+    ]
+    assert not torch.equal(*both) and torch.equal(noise, torch.randn(1, 3, 64, 64, generator=seeded(0)))
+
+
+def test_a_prior_makes_as_many_images_as_noise_is_given():
+    prior = tiny_model(**(TINY | {"latent_channels": None}))
+    pipeline = PixelDecoderPipeline(prior, teacher_scheduler(), default_num_inference_steps=1)
+    images = pipeline(
+        prompt_embeds=torch.randn(1, 5, 20), noise=torch.randn(3, 3, 32, 32), height=32, width=32, output_type="pt"
+    ).images
+    assert len(images) == 3
+
+
+def test_lora_strength_of_a_call():
+    from peft import LoraConfig
+
+    pipeline = tiny_pipeline()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_qkv"], init_lora_weights=False))
+    decode = partial(pipeline, LATENTS, num_inference_steps=1, output_type="pt")
+    images = {scale: decode(generator=seeded(0), attention_kwargs={"scale": scale}).images for scale in (0.0, 0.5, 1.0)}
+    assert torch.equal(images[1.0], decode(generator=seeded(0)).images) and not torch.equal(images[0.5], images[1.0])
+    pipeline.transformer.delete_adapters("default")
+    torch.testing.assert_close(images[0.0], decode(generator=seeded(0)).images)
 
 
 LATENTS = torch.randn(1, 16, 2, 2)
@@ -245,8 +340,32 @@ LATENTS = torch.randn(1, 16, 2, 2)
         ((LATENTS,), {"sigma": [0.1, 0.2]}, "one for each of 1 images"),
         ((LATENTS,), {"num_inference_steps": 5}, "1 to 4 steps, got 5"),
         ((LATENTS,), {"num_inference_steps": 0}, "1 to 4 steps, got 0"),
+        ((LATENTS,), {"num_inference_steps": "4"}, "a number of steps, at least 1, got '4'"),
         ((LATENTS,), {"sigmas": [0.2, 0.9]}, "falling"),
-        ((LATENTS,), {"output_type": "latent"}, '"pil", "np" or "pt"'),
+        ((LATENTS,), {"sigmas": [0.9, 0.9, 0.5]}, "3 falling sigmas"),
+        ((LATENTS,), {"sigmas": [0.9, 0.0]}, "2 falling sigmas"),
+        ((LATENTS,), {"sigmas": [1.1, 0.9]}, "2 falling sigmas"),
+        ((LATENTS,), {"sigmas": [float("nan")]}, "1 falling sigmas"),
+        ((LATENTS,), {"sigma": "much"}, r"sigma in \[0, 1\], one or one for each image, got 'much'"),
+        ((LATENTS,), {"guidance_scale": "much"}, "a guidance_scale such as 5, got 'much'"),
+        ((LATENTS,), {"guidance_scale": float("nan")}, "a guidance_scale such as 5, got nan"),
+        ((LATENTS,), {"output_type": "jpg"}, '"pil", "np", "pt" or "latent"'),
+        ((LATENTS,), {"noise": torch.randn(1, 3, 64, 32)}, r"\(1, 3, 32, 32\), got \(1, 3, 64, 32\)|64, 64"),
+        ((LATENTS,), {"noise": torch.full((1, 3, 64, 64), float("nan"))}, "finite values"),
+        ((LATENTS,), {"noise": "white"}, "expected noise as a tensor.*got str"),
+        (("a photo of a cat",), {}, r"as the first argument, got str: give the prompt as prompt=\.\.\."),
+        ((["a cat", "a dog"],), {}, r"got list: give the prompt as prompt="),
+        ((Image.new("RGB", (32, 32)),), {}, "got Image: give an image to `upscale`"),
+        ((np.array(["a cat"]),), {}, "a tensor, as the first argument, got ndarray"),
+        ((torch.randn(1, 4, 64),), {}, "packed ones need the height and width"),
+        ((torch.randn(1, 4, 64),), {"height": 32}, "packed ones need the height and width"),
+        ((torch.randn(1, 4, 64),), {"height": 32, "width": 48}, r"4 latent tokens do not make.*which has 2 x 3"),
+        ((torch.randn(1, 4, 63),), {"height": 32, "width": 32}, "expected 16 channels, or 64 of 2 x 2 cells"),
+        ((LATENTS,), {"denormalized": True}, "its latent space is not known"),
+        ((LATENTS,), {"tile_size": "big"}, "tile_size is 'big': expected a whole number of pixels"),
+        ((LATENTS,), {"tile_size": 64.0}, "tile_size is 64.0: expected a whole number"),
+        ((LATENTS,), {"tile_overlap": "auto"}, "tile_overlap is 'auto': expected a whole number of pixels"),
+        ((LATENTS,), {"chunk_size": "auto"}, "chunk_size is 'auto': expected a whole number of patches"),
         ((LATENTS,), {"generator": [seeded(0)] * 2}, "one for each of 1 images, got 2"),
         ((LATENTS,), {"callback_on_step_end_tensor_inputs": ["latents"]}, r"some of \['image'\]"),
     ],
@@ -271,6 +390,19 @@ def test_sizes_that_patches_do_not_tile():
     [
         ({}, r"expected prompt or prompt_embeds \(B, T, 20\), got none"),
         ({"prompt_embeds": torch.randn(1, 5, 7)}, r"\(1 or 1, T, 20\), got \(1, 5, 7\)"),
+        ({"prompt_embeds": [[1.0]]}, r"\(1 or 1, T, 20\), got list"),
+        ({"prompt": "a cat", "prompt_embeds": torch.randn(1, 5, 20)}, "got prompt and prompt_embeds: give one"),
+        (
+            {
+                "prompt_embeds": torch.randn(1, 5, 20),
+                "negative_prompt": "",
+                "guidance_scale": 2.0,
+                "negative_prompt_embeds": torch.randn(1, 5, 20),
+            },
+            "got negative_prompt and negative_prompt_embeds: give one",
+        ),
+        ({"prompt": []}, r"a list with one for each image, got \[\]"),
+        ({"prompt": ["a", None]}, "a list with one for each image"),
     ],
 )
 def test_bad_text(kwargs, message):
@@ -299,5 +431,35 @@ def test_checkpoint_file_becomes_a_pipeline(tmp_path):
     pipeline = PixelDecoderPipeline.from_pretrained(file)
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     assert (pipeline.config.default_num_inference_steps, pipeline.config.default_guidance_scale) == (25, 5.0)
+    assert pipeline.config.default_negative_prompt.startswith("low quality, worst quality, over-saturated, three legs,")
     file = file.rename(tmp_path / "PiD_v1pt5_res2kto4k_sr4x_official_flux2_distill_4step.pth")
-    assert isinstance(PixelDecoderPipeline.from_pretrained(str(file)).scheduler, FlowMatchLCMScheduler)
+    student = PixelDecoderPipeline.from_pretrained(str(file))
+    assert isinstance(student.scheduler, FlowMatchLCMScheduler) and student.config.default_negative_prompt == ""
+    torch.save({f"net.{name}": tensor.to(torch.float8_e4m3fn) for name, tensor in golden.state.items()}, file)
+    assert PixelDecoderPipeline.from_pretrained(file).transformer.dtype == torch.bfloat16  # float8 computes nothing
+    assert PixelDecoderPipeline.from_pretrained(file, dtype=torch.float32).transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("guidance", "passes"), [(1.0, 1), (0.0, 1), (None, 1), (1.5, 2)])
+def test_guidance_of_one_and_less_is_none(guidance, passes):
+    pipeline = PixelDecoderPipeline(tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0))
+    calls = []
+    pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    embeds = dict(prompt_embeds=torch.randn(1, 5, 20), negative_prompt_embeds=torch.randn(1, 5, 20))
+    pipeline(LATENTS, guidance_scale=guidance, num_inference_steps=1, **embeds)
+    assert len(calls) == passes
+
+
+@pytest.mark.parametrize(("scheduler", "steps"), [(FlowMatchLCMScheduler(shift=1.0), 5), (teacher_scheduler(), 0)])
+def test_check_steps(scheduler, steps):
+    pipeline = PixelDecoderPipeline(tiny_model(**TINY_NANO), scheduler)
+    pipeline.check_steps(4)
+    with pytest.raises(ValueError, match=f"got {steps}"):
+        pipeline.check_steps(steps)
+
+
+def test_what_sampling_needs_is_in_the_presets():
+    """Teachers and prior were guided away from a prompt; students are not guided."""
+    for preset in PRESETS.values():
+        assert (preset.negative_prompt == RELEASED_NEGATIVE_PROMPT) == (preset.guidance_scale > 1)
+        assert (preset.negative_prompt == "") == preset.distilled

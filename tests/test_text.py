@@ -8,11 +8,12 @@ import torch
 from diffusers import FlowMatchLCMScheduler
 from diffusers.utils import logging
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from conftest import TINY, tiny_model
 from families import save_gemma
 from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.cli import Text
 from pixeldecoder.text import PromptEncoder, encode_prompts, instruction, load_prompt_embeds, save_prompt_embeds
 
 
@@ -69,6 +70,22 @@ def test_long_prompts_are_cut_and_batches_do_not_mix(gemma):
     torch.testing.assert_close(both[:1], encode_prompts(["red " * 298], tokenizer, encoder))
 
 
+def test_the_tokenizer_is_asked_once_and_left_as_it_was(gemma):
+    tokenizer, encoder = gemma
+    asked = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, **kwargs):
+            asked.append(len(texts))
+            return tokenizer(texts, **kwargs)
+
+    encode_prompts(["a red cat", "a dog"], Counting(), encoder)
+    assert asked == [3] and tokenizer.padding_side == "left"  # the instruction and two prompts
+
+
 def test_pipeline_encodes_prompts(gemma, tmp_path):
     tokenizer, encoder = gemma
     pipeline = PixelDecoderPipeline(
@@ -87,6 +104,19 @@ def test_pipeline_encodes_prompts(gemma, tmp_path):
     empty = encode_prompts([""], tokenizer, encoder)
     torch.testing.assert_close(guided, decode(prompt_embeds=embeds, negative_prompt_embeds=empty, guidance_scale=3.0))
     torch.testing.assert_close(decode(prompt="a dog"), decode(prompt=["a dog", "a dog"]))
+    negative = dict(prompt_embeds=embeds, guidance_scale=3.0)
+    pipeline.register_to_config(default_negative_prompt="a red dog")
+    standing = encode_prompts(["a red dog"], tokenizer, encoder)
+    torch.testing.assert_close(decode(**negative), decode(**negative, negative_prompt_embeds=standing))
+    torch.testing.assert_close(decode(**negative, negative_prompt=""), decode(**negative, negative_prompt_embeds=empty))
+    found = pipeline.encode_prompt(["a red cat", "a dog"])
+    torch.testing.assert_close(found[0], embeds)
+    assert found[1] is None  # not guided by default
+    torch.testing.assert_close(pipeline.encode_prompt("a dog", do_classifier_free_guidance=True)[1], standing)
+    torch.testing.assert_close(pipeline.encode_prompt("a dog", "", True)[1], empty)
+    pipeline.register_to_config(default_guidance_scale=2.0)
+    torch.testing.assert_close(pipeline.encode_prompt("a dog", "")[1], empty)
+    assert pipeline.encode_prompt("a dog", "", False)[1] is None
     with pytest.raises(ValueError, match=r"\(1 or 2, T, 20\), got \(3,"):
         decode(prompt=["a", "b", "c"])
 
@@ -103,6 +133,77 @@ def test_cache_on_disk(tmp_path):
         PromptEncoder(str(folder), cache=cache)(["a cat"])
     with pytest.raises(ValueError, match="could not be loaded"):  # encoded otherwise is another content
         PromptEncoder(str(folder), quantization="8bit", cache=cache)(["a dog"])
+
+
+def test_captions_are_encoded_together_and_once(tmp_path, monkeypatch):
+    """As a training's batches come: 8 at a time, none twice, the last ones kept; the numbers of each alone."""
+    monkeypatch.setattr("pixeldecoder.text.KEPT", 12)
+    save_gemma(tmp_path)
+    encoder, sizes = PromptEncoder(str(tmp_path)), []
+    encoder(["warm up"])
+    encoder._parts[1].register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    captions = [f"cat {'a ' * i}" for i in range(10)]
+    embeds = encoder([*captions, captions[3]])
+    assert sizes == [8, 2] and torch.equal(embeds[3], embeds[10])
+    again = encoder([captions[5], "dog", captions[5]])
+    assert sizes == [8, 2, 1] and torch.equal(again[0], embeds[5]) and torch.equal(again[2], embeds[5])
+    for caption, one in zip(captions, embeds, strict=False):
+        torch.testing.assert_close(PromptEncoder(str(tmp_path))([caption])[0], one)
+    sizes.clear()
+    encoder(captions[:1])
+    encoder(["new", "newer"])  # what was not asked for longest is given up: "warm up" and the second caption
+    encoder([captions[0], *captions[2:]])
+    assert sizes == [2]
+    encoder(captions[1:2])
+    assert sizes == [2, 1]
+    kept = [known for known in encoder._seen.values()]
+    assert len(kept) == 12 and all(known.untyped_storage().nbytes() == known.nbytes for known in kept)
+
+
+def test_what_will_be_fetched_is_said_before(tmp_path, monkeypatch, caplog):
+    """By name from the Hub, unless it is in its cache; not for a folder."""
+    save_gemma(tmp_path / "gemma")
+    load, order = AutoTokenizer.from_pretrained, []
+
+    def from_hub(name, **kwargs):
+        order.append(len(caplog.records))
+        return load(tmp_path / "gemma")
+
+    monkeypatch.setattr("pixeldecoder.text.AutoTokenizer.from_pretrained", from_hub)
+    monkeypatch.setattr(
+        "pixeldecoder.text.AutoModel.from_pretrained",
+        lambda name, **kw: Gemma2Model.from_pretrained(tmp_path / "gemma"),
+    )
+    logging.enable_propagation()
+    try:
+        for name, cached in (("somebody/gemma", None), ("somebody/gemma", "config.json"), (str(tmp_path), None)):
+            monkeypatch.setattr("pixeldecoder.text.try_to_load_from_cache", lambda name, file, cached=cached: cached)
+            PromptEncoder(name)(["a"])
+    finally:
+        logging.disable_propagation()
+    assert order == [1, 1, 1]
+    assert "fetching the text encoder somebody/gemma from https://huggingface.co, about 5 GB" in caplog.text
+
+
+def test_command_gives_a_guided_decoder_its_negative_prompt(tmp_path):
+    """Encoded before it runs, with the prompt or beside a file of embeddings."""
+    save_gemma(tmp_path / "gemma")
+    pipeline = PixelDecoderPipeline(
+        tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0), default_guidance_scale=3.0, default_negative_prompt="dog"
+    )
+    given = dict(text_encoder=str(tmp_path / "gemma"), text_device="cpu")
+    saved = tmp_path / "p.safetensors"
+    found = Text(prompt="a cat", save_prompt_embeds=saved, **given).text_kwargs(pipeline)
+    known = PromptEncoder(str(tmp_path / "gemma"))
+    expected = {"prompt_embeds": known(["a cat"]), "negative_prompt_embeds": known(["dog"])}
+    torch.testing.assert_close(found, expected)
+    assert pipeline.prompt_encoder._parts is None
+    torch.testing.assert_close(Text(prompt_embeds=saved, **given).text_kwargs(pipeline), expected)
+    pipeline.register_to_config(default_guidance_scale=1.0)
+    assert Text(prompt_embeds=saved, **given).text_kwargs(pipeline).get("negative_prompt_embeds") is None
+    assert Text(prompt="a cat", **given).text_kwargs(pipeline)["negative_prompt_embeds"] is None
 
 
 def test_encoder_is_loaded_late_and_freed(tmp_path):

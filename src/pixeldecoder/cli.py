@@ -57,7 +57,7 @@ class Execution:
 
         self.layout_kwargs()  # complain before loading
         device = self.torch_device()
-        pipeline = PixelDecoderPipeline.from_pretrained(name, torch_dtype=self.torch_dtype(device))
+        pipeline = PixelDecoderPipeline.from_pretrained(name, dtype=self.torch_dtype(device))
         pipeline.set_progress_bar_config(desc="steps", leave=False)
         logger = logging.getLogger("pixeldecoder.pipeline")  # what it plans
         logger.setLevel(logging.INFO)
@@ -132,7 +132,10 @@ class Decoder(Execution):
     """Sampling steps; by default what the decoder was made for (nano: 4)."""
 
     def load(self, place: bool = True) -> "PixelDecoderPipeline":
-        return self.load_decoder(self.decoder, place)
+        pipeline = self.load_decoder(self.decoder, place)
+        if self.steps is not None:
+            pipeline.check_steps(self.steps)
+        return pipeline
 
     def call_kwargs(self) -> dict[str, Any]:
         """For the pipeline's call."""
@@ -174,23 +177,25 @@ class Text(TextEncoder):
 
     def text_kwargs(self, pipeline: "PixelDecoderPipeline") -> dict[str, Any]:
         """Arguments for the decoder's call; encoded here, so that the text encoder is gone when the decoder runs."""
-        from pixeldecoder.text import encode_prompts, load_prompt_embeds, save_prompt_embeds
+        from pixeldecoder.text import load_prompt_embeds, save_prompt_embeds
 
         if pipeline.transformer.config.text_embed_dim is None:
             return {}
-        if self.prompt_embeds is not None:
-            return {"prompt_embeds": load_prompt_embeds(self.prompt_embeds)}
         if pipeline.text_encoder is None:
             self.attach(pipeline)
-            embeds = pipeline.prompt_encoder([self.prompt])
-            if pipeline.config.default_guidance_scale != 1:
-                pipeline.prompt_encoder([""])  # guidance needs it
-            pipeline.prompt_encoder.unload()
+        if self.prompt_embeds is not None:
+            texts: dict[str, Any] = {"prompt_embeds": load_prompt_embeds(self.prompt_embeds)}
+            if pipeline.guides():
+                texts["negative_prompt_embeds"], _ = pipeline.encode_prompt(
+                    pipeline.config.default_negative_prompt, None, False
+                )
         else:
-            embeds = encode_prompts([self.prompt], pipeline.tokenizer, pipeline.text_encoder)
+            names = ("prompt_embeds", "negative_prompt_embeds")
+            texts = dict(zip(names, pipeline.encode_prompt(self.prompt), strict=True))
+        pipeline.prompt_encoder.unload()
         if self.save_prompt_embeds is not None:
-            save_prompt_embeds(embeds.cpu(), self.save_prompt_embeds, self.prompt)
-        return {"prompt_embeds": embeds}
+            save_prompt_embeds(texts["prompt_embeds"].cpu(), self.save_prompt_embeds, self.prompt)
+        return texts
 
 
 @dataclass(kw_only=True)
@@ -247,8 +252,8 @@ class Upscale(Text, FilesToImages):
     """
 
     encoder: str = "auto"
-    """What makes the latents: a folder or Hub id of an autoencoder of the decoder's latent space, or "module:function".
-    "auto": the decoder's own, or the one that pixeldecoder.latents names for its space."""
+    """What makes the latents: a folder or Hub id of an autoencoder of the decoder's latent space, the space by name, or
+    "module:function". "auto": the decoder's own, or the one that pixeldecoder.latents names for its space."""
     sigma: float = 0.0
     """Noise in [0, 1] added to the latents. More gives an image that differs more and invents more."""
 
@@ -301,15 +306,14 @@ class Encode:
         from safetensors.torch import save_file
 
         from pixeldecoder.files import IMAGE_SUFFIXES, Naming, load_image, pairs, to_tensor, write_whole
-        from pixeldecoder.latents import SPACES, load_image_encoder
+        from pixeldecoder.latents import load_image_encoder
 
         if not self.source.exists():
             raise ValueError(f"{self.source}: no such file or folder")
         if not self.source.is_dir() and self.output.suffix != ".safetensors":
             raise ValueError(f"{self.output}: expected a file ending in .safetensors")
         device = Decoder(device=self.device).torch_device()
-        name = SPACES[self.encoder].encoder if self.encoder in SPACES else self.encoder
-        encoder = load_image_encoder(name, device)
+        encoder = load_image_encoder(self.encoder, device)
         for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, "safetensors"):
             image = to_tensor(load_image(path))
             with Naming(path), torch.no_grad():
@@ -846,7 +850,7 @@ def load_diffusion_pipeline(name: str, dtype: "torch.dtype") -> Any:
     from pixeldecoder.latents import unreachable
 
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except OSError as error:
         raise ValueError(str(error)) if Path(name).exists() else unreachable(name, error) from None
 
@@ -860,7 +864,7 @@ def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:
             return None
         if pipeline.config.latent_space not in SPACES:
             raise ValueError("the decoder has no encoder and does not tell its latent space: give --encoder")
-        name = SPACES[pipeline.config.latent_space].encoder
+        name = pipeline.config.latent_space
     return load_image_encoder(name, pipeline.device)
 
 

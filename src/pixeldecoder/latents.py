@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from pixeldecoder.presets import is_hub_id
+
 Frame = Literal["flow", "variance-preserving"]
 ImageEncoder = Callable[[torch.Tensor], torch.Tensor]
 """Image (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, H/f, W/f)."""
@@ -87,7 +89,8 @@ def find_latent_space(autoencoder: torch.nn.Module | None, name: str | None = No
     elif kind == "AutoencoderKLFlux2":
         found = "flux2"
     elif kind in ("AutoencoderKLQwenImage", "AutoencoderKLWan"):  # Wan 2.1's numbers; 2.2 has others
-        found = "qwenimage" if _same_statistics(config) else None
+        known = _qwen_image_statistics()
+        found = "qwenimage" if all(list(config[key]) == values for key, values in known.items()) else None
     elif kind == "AutoencoderRAE" and (config.encoder_type, config.encoder_hidden_size) == ("dinov2", 768):
         found = "dinov2"
     if found is None:
@@ -100,11 +103,12 @@ def find_latent_space(autoencoder: torch.nn.Module | None, name: str | None = No
     return SPACES[found]
 
 
-def _same_statistics(config: Any) -> bool:
+def _qwen_image_statistics() -> dict[str, list[float]]:
+    """Its mean and standard deviation by channel: the autoencoder's defaults."""
     from diffusers import AutoencoderKLQwenImage
 
     known = inspect.signature(AutoencoderKLQwenImage.__init__).parameters
-    return all(list(config[key]) == list(known[key].default) for key in ("latents_mean", "latents_std"))
+    return {key: list(known[key].default) for key in ("latents_mean", "latents_std")}
 
 
 def unpack(
@@ -136,15 +140,7 @@ def unpack(
     elif latents.ndim == 3:
         if height is None or width is None:
             raise ValueError(f"latents {shape} are packed: give the height and width of the pipeline's image")
-        rows, columns = height // 16, width // 16
-        if shape[1] != rows * columns:
-            raise ValueError(
-                f"{shape[1]} latent tokens do not make an image of {height} x {width} pixels, which has "
-                f"{rows} x {columns}: give the pipeline's height and width, and latents of one image"
-            )
-        latents = latents.transpose(1, 2).unflatten(2, (rows, columns))
-        if latents.shape[1] == 4 * space.channels:
-            latents = F.pixel_shuffle(latents, 2)
+        latents = unpack_tokens(latents, space.channels, space.downscale_factor, height, width)
     elif latents.ndim == 4 and space.name == "flux2" and 4 * shape[1] == space.channels:
         if autoencoder is None:
             raise ValueError(f"latents {shape} are FLUX.2's raw ones: give its autoencoder, to normalise them")
@@ -152,6 +148,51 @@ def unpack(
     if latents.ndim != 4 or latents.shape[1] != space.channels:
         raise ValueError(f"latents {shape} are not of the {space.name} space: expected {space.channels} channels")
     return latents
+
+
+def unpack_tokens(latents: torch.Tensor, channels: int, downscale_factor: int, height: int, width: int) -> torch.Tensor:
+    """Tokens of one cell (B, n, C), or of 2 x 2 cells (B, n, 4 C) with channels (c, dy, dx), as (B, C, h, w).
+
+    Args:
+        channels, downscale_factor: C, and pixels of the latent model's image to a cell.
+        height, width: of that image in pixels.
+
+    Raises:
+        ValueError: another width of tokens, or as many as do not make such an image.
+    """
+    if latents.shape[2] not in (channels, 4 * channels):
+        raise ValueError(
+            f"packed latents {tuple(latents.shape)}: expected {channels} channels, or {4 * channels} of 2 x 2 cells"
+        )
+    side = downscale_factor * (1 if latents.shape[2] == channels else 2)
+    rows, columns = height // side, width // side
+    if latents.shape[1] != rows * columns:
+        raise ValueError(
+            f"{latents.shape[1]} latent tokens do not make an image of {height} x {width} pixels, which has "
+            f"{rows} x {columns}: give the latent model's height and width, and latents of one image"
+        )
+    latents = latents.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+    return latents if latents.shape[1] == channels else F.pixel_shuffle(latents, 2)
+
+
+def normalise(latents: torch.Tensor, space: LatentSpace | None) -> torch.Tensor:
+    """Latents (B, C, h, w) as an autoencoder's `decode` takes them, normalised by its family's published numbers.
+
+    Raises:
+        ValueError: an unknown space, or one whose statistics are in its autoencoder's weights.
+    """
+    numbers = {name: numbers for numbers, name in _SCALING.items()}
+    if space is not None and space.name in numbers:
+        scaling, shift = numbers[space.name]
+        return (latents - shift) * scaling
+    if space is not None and space.name == "qwenimage":
+        mean, std = (torch.tensor(x).to(latents)[:, None, None] for x in _qwen_image_statistics().values())
+        return (latents - mean) / std
+    why = "its latent space is not known" if space is None else f"{space.name}'s numbers are in its autoencoder alone"
+    raise ValueError(
+        f"denormalized latents cannot be normalised for this decoder, as {why}: give normalised ones, such as "
+        "pixeldecoder.latents.unpack(latents, SPACES[...], autoencoder=vae) or pixeldecoder.ldm.partly_denoise returns"
+    )
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, frame: Frame = "flow") -> torch.Tensor:
@@ -170,8 +211,9 @@ def load_image_encoder(
     """A frozen encoder.
 
     Args:
-        name: "nano" (the bundled encoder), a folder or Hub id of one of diffusers' autoencoders (of a whole pipeline
-            too), or "module:function", a callable of your own that maps images to normalised latents.
+        name: "nano" (the bundled encoder), a latent space by name (its usual autoencoder), a folder or Hub id of one of
+            diffusers' autoencoders (of a whole pipeline too), or "module:function", a callable of your own that maps
+            images to normalised latents.
 
     Raises:
         ValueError: no such encoder, or an autoencoder whose normalisation is not known.
@@ -186,7 +228,7 @@ def load_image_encoder(
         from pixeldecoder.models.encoder import TinyLatentEncoder
         from pixeldecoder.pipeline import NANO
 
-        model = TinyLatentEncoder.from_pretrained(NANO / "encoder", torch_dtype=dtype)
+        model = TinyLatentEncoder.from_pretrained(NANO / "encoder", dtype=dtype)
     else:
         model = load_autoencoder(name, dtype)
     model = model.to(device).eval().requires_grad_(False)
@@ -194,13 +236,18 @@ def load_image_encoder(
 
 
 def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """From a folder or Hub id: one of diffusers' autoencoders (a pipeline's too), nano's encoder, or SigLIP 2."""
+    """From a folder, a Hub id or the name of a latent space: one of diffusers' autoencoders (a pipeline's too), nano's
+    encoder, or SigLIP 2."""
     import diffusers
 
-    folder = Path(name)
+    name = SPACES[name].encoder if name in SPACES else name
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        if name.count("/") != 1:
-            raise ValueError(f'no encoder "{name}": expected "nano", a folder, a Hub id or "module:function"')
+        if not is_hub_id(name):
+            raise ValueError(
+                f'no encoder "{name}": expected "nano", a latent space ({", ".join(SPACES)}), a folder (there is no '
+                'such folder), a Hub id (owner/name) or "module:function"'
+            )
         # A pipeline's root may hold its whole model in one file: take that only where there is no vae folder.
         folder = download(name, ["vae/*"])
         if not (folder / "vae").is_dir():
@@ -216,7 +263,7 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
     if class_name == "TinyLatentEncoder":
         from pixeldecoder.models.encoder import TinyLatentEncoder
 
-        return TinyLatentEncoder.from_pretrained(folder, torch_dtype=dtype)
+        return TinyLatentEncoder.from_pretrained(folder, dtype=dtype)
     if class_name == "SiglipVisionModel":
         from transformers import SiglipVisionModel
 
@@ -224,11 +271,14 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
     if class_name not in _ENCODE:
         known = ", ".join([*_ENCODE, "TinyLatentEncoder"])
         raise ValueError(f'{folder}: {class_name}: expected one of {known}, or a callable of yours ("module:function")')
-    return getattr(diffusers, class_name).from_pretrained(folder, torch_dtype=dtype)
+    return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
 
 
-def download(name: str, patterns: list[str]) -> Path:
-    """Files of a Hub repository, as a folder.
+def download(name: str, patterns: list[str] | None = None, **kwargs: Any) -> Path:
+    """Files of a Hub repository, by default all, as a folder.
+
+    Args:
+        kwargs: for `snapshot_download`: `revision`, `token`, `cache_dir`, ...
 
     Raises:
         ValueError: no such repository, or it cannot be reached; the message says what to do.
@@ -236,7 +286,7 @@ def download(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
     except OSError as error:
         raise unreachable(name, error) from None
 
@@ -245,8 +295,9 @@ def unreachable(name: str, error: Exception) -> ValueError:
     """For a Hub id that could not be loaded."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ValueError(
-        f"{name} could not be loaded from https://huggingface.co ({reason}). Without a network, "
-        "download it elsewhere and give the path of its file or folder; a private or gated one needs `hf auth login`"
+        f"{name} could not be loaded from https://huggingface.co ({reason}), and there is no such folder here. Without "
+        "a network, download it elsewhere and give the path of its file or folder; a private or gated one needs "
+        "`hf auth login`"
     )
 
 
@@ -323,11 +374,12 @@ def _encode_rae(vae, image):
 
 
 def _encode_siglip(model, image):
-    # 224 px of a 256 px image: 14 px to a token, 16 px to a latent cell. It is normalised with mean and std .5.
+    # 224 px of a 256 px image: 14 px to a token, 16 px to a latent cell. It is normalised with mean and std .5, and
+    # not clamped, as it was not where the decoder's latents were made.
     height, width = (side * 14 // 16 for side in image.shape[-2:])
-    small = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    small = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
     hidden = model(small, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-1]
-    tokens = F.layer_norm(hidden, hidden.shape[-1:])  # hidden: before the model's own last norm
+    tokens = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)  # hidden: before the model's own last norm
     return tokens.transpose(1, 2).unflatten(2, (height // 14, width // 14))
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 from pixeldecoder.latents import LatentSpace, find_latent_space, unpack
 from pixeldecoder.pipeline import PixelDecoderPipeline
 
+PER_IMAGE = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "generator", "noise")
+"""Arguments of a decoder's call of which each image may have its own."""
 FEW_STEPS = 12
 """Up to here a run is a distilled model's, and "auto" goes to the end."""
 _STOPS = {"ZImage": 46 / 50, "Flux2Klein": 1.0}
@@ -50,8 +52,16 @@ class Generated:
     taken: PartlyDenoised
 
 
-class _StopRun(Exception):  # noqa: N818
-    pass
+class _StopRun(BaseException):
+    """Leaves a pipeline, through whatever it makes of exceptions."""
+
+
+def decoder_seed(seed: int) -> int:
+    """The seed of a decoder's noise: not the latent model's, whose noise it would repeat number by number.
+
+    `seed` + 2^31 for a seed below 2^31, so that it can be had by hand, too.
+    """
+    return seed ^ 2**31
 
 
 def parse_stop(stop_at: int | float | str | None) -> tuple[str, float]:
@@ -180,14 +190,16 @@ def generate(
         decoder: of the same latent space.
         prompt: one or several; the decoder reads it too. With `prompt_embeds` for the pipeline, the decoder alone does.
         seed: of the first image, the next ones count on; or one for each image; `None` if a `generator` is given. It
-            seeds the latent model and, again, the decoder.
+            seeds the latent model, and its `decoder_seed` the decoder.
         compare: let the pipeline finish, and return its own images in `.taken.images`.
         offload: keep on the device only the model that is running.
-        decoder_kwargs: for the decoder's call: `num_inference_steps`, `prompt_embeds`, ...
+        decoder_kwargs: for the decoder's call: `num_inference_steps`, `prompt_embeds`, ...; those of `PER_IMAGE` one
+            for all images or one for each.
         kwargs: everything else for the pipeline's call: `num_images_per_prompt`, `negative_prompt`, ...
 
     Raises:
-        ValueError: a decoder of another latent space, a wrong number of seeds, or as `partly_denoise`.
+        ValueError: a decoder of another latent space, a wrong number of seeds or of arguments for each image, or as
+            `partly_denoise`.
     """
     check_decoder(decoder, pipeline_latent_space(pipe, latent_space))
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -200,7 +212,11 @@ def generate(
             raise ValueError(f"expected one seed, or one for each of {count} images, got {len(seeds)}")
         # On the CPU, so that a seed gives the same noise on every device.
         kwargs.setdefault("generator", [torch.Generator().manual_seed(s) for s in seeds])
-        decoder_kwargs.setdefault("generator", [torch.Generator().manual_seed(s) for s in seeds])
+        decoder_kwargs.setdefault("generator", [torch.Generator().manual_seed(decoder_seed(s)) for s in seeds])
+    if decoder_kwargs.get("prompt_embeds") is None:
+        decoder_kwargs.setdefault("prompt", [p for p in prompts for _ in range(per_prompt)])
+    given = {key: decoder_kwargs.pop(key, None) for key in PER_IMAGE}
+    shares = {key: _shares(key, argument, count) for key, argument in given.items() if argument is not None}
     if kwargs.get("prompt_embeds") is None:
         kwargs["prompt"] = prompt
     device = decoder._execution_device
@@ -210,21 +226,18 @@ def generate(
     taken = partly_denoise(pipe, stop_at, latent_space=latent_space, finish=compare, **kwargs)
     if len(taken.latents) != count:
         raise ValueError(f"the pipeline made {len(taken.latents)} images for {len(prompts)} prompts x {per_prompt}")
-    decoder_kwargs.setdefault("prompt", [p for p in prompts for _ in range(per_prompt)])
-    reads_text = decoder.transformer.config.text_embed_dim is not None and decoder.text_encoder is None
-    if offload and reads_text and decoder_kwargs.get("prompt_embeds") is None:
+    if offload and decoder.transformer.config.text_embed_dim is not None and decoder.text_encoder is None:
         # Encoded together, so that the text encoder is gone when the decoder runs.
-        guidance = decoder_kwargs.get("guidance_scale") or decoder.config.default_guidance_scale
-        if guidance != 1 and decoder_kwargs.get("negative_prompt_embeds") is None:
-            negative = decoder_kwargs.pop("negative_prompt", "")
-            negatives = [negative] * count if isinstance(negative, str) else negative
-            decoder_kwargs["negative_prompt_embeds"] = decoder.prompt_encoder(negatives, device)
-        decoder_kwargs["prompt_embeds"] = decoder.prompt_encoder(decoder_kwargs.pop("prompt"), device)
+        guidance = decoder_kwargs.get("guidance_scale")
+        for name in ("prompt", *(["negative_prompt"] if decoder.guides(guidance) else [])):
+            if f"{name}_embeds" not in shares:
+                texts = shares.pop(name, [decoder.config.default_negative_prompt] * count)
+                shares[f"{name}_embeds"] = list(decoder.prompt_encoder(texts, device).split(1))
         decoder.prompt_encoder.unload()
     images = []
     for i in range(count):  # one by one, so that memory does not grow with their number
-        one = {key: _one(argument, i, count) for key, argument in decoder_kwargs.items()}
-        images += decoder(taken.latents[i : i + 1], sigma=taken.sigma, **one).images
+        one = {key: values[i] for key, values in shares.items()}
+        images += decoder(taken.latents[i : i + 1], sigma=taken.sigma, **one, **decoder_kwargs)[0]
     return Generated(images, taken)
 
 
@@ -301,10 +314,14 @@ def _side(pipe: DiffusionPipeline, key: str, kwargs: dict[str, Any]) -> int | No
     return cells * factor if isinstance(cells, int) and factor else None
 
 
-def _one(argument: Any, i: int, count: int) -> Any:
-    """The i-th image's share of an argument for several."""
-    if isinstance(argument, list) and len(argument) == count:
-        return argument[i]
-    if isinstance(argument, torch.Tensor) and argument.ndim == 3 and len(argument) == count:
-        return argument[i : i + 1]
-    return argument
+def _shares(name: str, argument: Any, count: int) -> list[Any]:
+    """Each image's share of an argument for all, or of a list or tensor with one for each."""
+    if isinstance(argument, torch.Tensor):
+        argument = argument.split(1)
+    if not isinstance(argument, (list, tuple)):
+        return [argument] * count
+    if len(argument) not in (1, count):
+        raise ValueError(
+            f"decoder_kwargs: {name}: expected one, or one for each of {count} images, got {len(argument)}"
+        )
+    return [*argument] * (count // len(argument))

@@ -1,8 +1,14 @@
 """Latents in, an image 4 or 8 times larger than their autoencoder's out: `PixelDecoderPipeline`."""
 
+import copy
 import functools
+import json
 import math
-from collections.abc import Callable, Sequence
+import numbers
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchLCMScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -18,13 +25,30 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import pixeldecoder
 from pixeldecoder.convert import check_arguments, pipeline_settings
-from pixeldecoder.latents import SPACES, ImageEncoder, add_noise, encode, unreachable
+from pixeldecoder.latents import (
+    SPACES,
+    ImageEncoder,
+    add_noise,
+    download,
+    encode,
+    normalise,
+    unpack_tokens,
+    unreachable,
+)
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.plan import plan
-from pixeldecoder.presets import HUB_REPOSITORY, PRESETS, RELEASED_LICENSE, find_preset, sampled_like
+from pixeldecoder.presets import (
+    HUB_REPOSITORY,
+    PRESETS,
+    RELEASED_LICENSE,
+    check_decoder_name,
+    find_preset,
+    sampled_like,
+)
 from pixeldecoder.text import PromptEncoder, encode_prompts
 from pixeldecoder.tiling import tiled_velocity
 
@@ -32,13 +56,29 @@ logger = logging.get_logger(__name__)
 
 NANO = Path(__file__).parent / "weights" / "nano"
 _ONE = (type(None), str, torch.Generator)
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
+
+
+@dataclass(eq=False)
+class _Call:
+    """What a callback may read and change of the call that it is in."""
+
+    guidance_scale: float
+    num_timesteps: int
+    interrupt: bool = False
+    running: bool = True
+
+
+class _Interrupted(BaseException):
+    """Ends the sampling of a call that is to stop."""
 
 
 class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin knows only "transformer", as we need
     """Decodes latents with a pixel diffusion model (PiD, arXiv 2605.23902).
 
-    LoRA as elsewhere in diffusers: `load_lora_weights`, `set_adapters(name, strength)`, `fuse_lora`.
+    LoRA as elsewhere in diffusers: `load_lora_weights`, `set_adapters(name, strength)`, `fuse_lora`. One pipeline may
+    be called from several threads at a time.
 
     Args:
         transformer: the network.
@@ -52,8 +92,12 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             tell "flux", "sd3" and "qwenimage" apart.
         license: of the weights, which is printed once when they are loaded.
         trained_size: side in pixels of the largest square image that the network is made for; larger ones are tiled.
+        default_negative_prompt: what guidance leads away from where no negative prompt is given.
 
     Attributes:
+        guidance_scale, num_timesteps, interrupt: of the running call. As in diffusers, a callback may set
+            `pipe._guidance_scale`, for the next steps, and `pipe._interrupt = True`: the call then returns the image as
+            far as it is. Set by another thread than a call's, they reach all that run.
         prompt_encoder: `PromptEncoder`, for prompts where there is no `text_encoder`: Gemma-2 from the Hub, loaded at
             the first prompt. Replace it to have it cached, quantised or elsewhere.
     """
@@ -74,6 +118,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         latent_space: str | None = None,
         license: str | None = None,
         trained_size: int | None = None,
+        default_negative_prompt: str = "",
     ):
         super().__init__()
         self.register_modules(
@@ -89,8 +134,10 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             latent_space=latent_space,
             license=license,
             trained_size=trained_size,
+            default_negative_prompt=default_negative_prompt,
         )
         self.prompt_encoder = PromptEncoder()
+        self._calls: dict[int, _Call] = {}  # the last one of each thread
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "PixelDecoderPipeline":
@@ -98,44 +145,88 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
 
         Args:
             pretrained_model_name_or_path: see above; released names are the keys of `pixeldecoder.presets.PRESETS`.
-            kwargs: `torch_dtype`, and whatever diffusers' `from_pretrained` takes. For a checkpoint file also
-                `preset=` (a released name) and arguments of the model that its tensors do not tell.
+            kwargs: `dtype`, and whatever diffusers' `from_pretrained` takes. For a checkpoint file also `preset=` (a
+                released name) and arguments of the model that its tensors do not tell.
 
         Raises:
             ValueError: a name that is none of these, or a file that is no checkpoint.
         """
         name = str(pretrained_model_name_or_path)
+        if "torch_dtype" in kwargs and "dtype" not in kwargs:  # its name until diffusers 0.42, which warns of it
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
         if name in PRESETS:
             from huggingface_hub import hf_hub_download
 
+            hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
             try:
-                path = hf_hub_download(HUB_REPOSITORY, PRESETS[name].filename)
+                path = hf_hub_download(HUB_REPOSITORY, PRESETS[name].filename, **hub)
             except OSError as error:
                 raise unreachable(f"{HUB_REPOSITORY}/{PRESETS[name].filename}", error) from None
             return cls.from_single_file(path, preset=name, **kwargs)
-        if Path(name).is_file():
-            return cls.from_single_file(name, **kwargs)
-        if name != "nano" and not Path(name).is_dir() and name.count("/") != 1:
-            raise ValueError(
-                f'no decoder "{name}": expected "nano", a folder, a checkpoint file, a Hub id (owner/name) or one of '
-                f"the released names {', '.join(PRESETS)}"
-            )
-        try:
-            pipeline = super().from_pretrained(NANO if name == "nano" else name, **kwargs)
-        except OSError as error:
-            if name == "nano" or Path(name).is_dir():
-                raise
-            raise unreachable(name, error) from None
+        if name == "nano":
+            with _quiet_bars():
+                return super().from_pretrained(NANO, **kwargs)
+        path = Path(name).expanduser()
+        if path.is_file():
+            return cls.from_single_file(path, **kwargs)
+        check_decoder_name(name)
+        pipeline = super().from_pretrained(str(path) if path.is_dir() else name, **kwargs)
         if pipeline.config.license:
             _print_license(name, pipeline.config.license)
         return pipeline
 
     @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> Path:
+        """A Hub repository, as a folder: all of it, as its classes are here and need no code from it."""
+        hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
+        return download(pretrained_model_name, **hub)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers', with the classes of this package where they are now, whatever a folder calls their modules."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config["_class_name"] = cls.__name__
+        for name, value in config.items():
+            if _is_ours(value):
+                config[name] = [getattr(pixeldecoder, value[1]).__module__, value[1]]
+        return loaded
+
+    def to_json_string(self) -> str:
+        """As diffusers', with public names of this package's classes, which outlive a move of its files."""
+        config = json.loads(super().to_json_string())
+        for name, value in config.items():
+            if _is_ours(value):
+                config[name] = ["pixeldecoder", value[1]]
+        config["_class_name"] = ["pipeline", "PixelDecoderPipeline"]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """model_index.json, and the module that it names, for
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pipeline.py").write_text("from pixeldecoder import PixelDecoderPipeline  # noqa: F401\n")
+        super().save_config(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDecoderPipeline":
+        """As diffusers', with the same `prompt_encoder`."""
+        new = super().from_pipe(pipeline, **kwargs)
+        new.prompt_encoder = getattr(pipeline, "prompt_encoder", new.prompt_encoder)
+        return new
+
+    @classmethod
     def from_single_file(
-        cls, path: str | Path, preset: str | None = None, torch_dtype: torch.dtype | None = None, **overrides
+        cls, path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
     ) -> "PixelDecoderPipeline":
-        """Load a checkpoint in the reference's format; see `PixelDecoderTransformer2DModel.from_single_file`."""
-        transformer = PixelDecoderTransformer2DModel.from_single_file(path, preset, torch_dtype, **overrides)
+        """Load a checkpoint in the reference's format; see `PixelDecoderTransformer2DModel.from_single_file`.
+
+        Weights in float8, in which nothing computes, come as bfloat16 unless `dtype` says otherwise.
+        """
+        transformer = PixelDecoderTransformer2DModel.from_single_file(path, preset, dtype, **overrides)
+        if any(parameter.dtype.itemsize == 1 for parameter in transformer.parameters()):
+            transformer.to(torch.bfloat16)
         settings: dict[str, Any] = {} if preset else pipeline_settings(path)
         if settings:
             check_arguments(cls, settings, path)
@@ -149,6 +240,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             if like is not None:
                 settings["default_num_inference_steps"] = like.num_inference_steps
                 settings["default_guidance_scale"] = like.guidance_scale
+                settings["default_negative_prompt"] = like.negative_prompt
             if known is not None:
                 settings |= dict(latent_space=known.latent_space, trained_size=known.trained_size)
                 settings["license"] = RELEASED_LICENSE
@@ -179,25 +271,32 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         tile_overlap: int | None = None,
         chunk_size: int | None = None,
         max_memory: int | str | None = None,
+        denormalized: bool = False,
+        noise: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Decode latents.
 
         Args:
-            latents: normalised latents (B, C, h, w) or (C, h, w), as the latent diffusion model denoises them: not what
-                its autoencoder's `decode` takes. `None` for a prior, which makes images from text alone.
+            latents: normalised latents (B, C, h, w) or (C, h, w), as the latent diffusion model denoises them, or its
+                packed ones, (B, n, C) or (B, n, 4 C), with `height` and `width`. `None` for a prior, which makes images
+                from text alone.
             prompt, negative_prompt: one, or one for each image; ignored by a network without text.
             sigma: noise level of the latents in [0, 1], one, or one for each image: 0 for finished latents,
                 `scheduler.sigmas[K]` for latents taken from a flow model after K steps.
             num_inference_steps: 1 to 4 for a student; by default what the decoder was made for.
-            guidance_scale: on text alone; 1 runs the network once a step.
+            guidance_scale: on text alone; 1 and less, as elsewhere in diffusers, is none: the network runs once a step.
             generator: of all noise, initial and in between; a list gives each image its own, and then the same image
                 as when it is decoded alone, and makes as many images of a prior without text.
             prompt_embeds, negative_prompt_embeds: (B or 1, T, Dt), in place of prompts.
             sigmas: times in (0, 1], falling, in place of the student's own; the last step ends at 0.
-            height, width: of a prior's image in pixels; with latents the size follows from theirs.
-            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1].
+            height, width: in pixels, of a prior's image, or of the latent model's image where latents are packed;
+                otherwise the size follows from that of the latents.
+            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; or "latent", which is diffusers'
+                word for what the sampler leaves as it is: (B, 3, H, W) float32, about [-1, 1] but not clamped.
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"image": x})`, x unclamped
                 (B, 3, H, W); an "image" in the dictionary that it returns replaces x.
+            callback_on_step_end_tensor_inputs: what it gets: ("image",), or () for nothing.
             tile_size: side in pixels of the tiles in which the velocity is predicted, at every step on one canvas of
                 noise; `None` for the whole image at once. "auto" tiles what is larger than the network is made for, or
                 than the memory allows.
@@ -205,6 +304,11 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             chunk_size: patches that the network works on at a time, apart from attention; by default what suits the
                 device and the memory.
             max_memory: bytes, or a string such as "6GB", that all of it may take; by default what is free.
+            denormalized: the latents are what an autoencoder's `decode` takes, and are normalised here by the numbers
+                of the decoder's `latent_space`.
+            noise: N(0, 1) to start from, (B, 3, H, W) in whole patches, in place of the generator's; a student's noise
+                between steps is the generator's still.
+            attention_kwargs: for the network: {"scale": s} is the strength of its LoRA.
 
         Returns:
             `ImagePipelineOutput`, or a tuple of the images.
@@ -215,12 +319,17 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         """
         config = self.transformer.config
         device = self._execution_device
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f'output_type is {output_type!r}: expected "pil", "np" or "pt"')
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'output_type is {output_type!r}: expected "pil", "np", "pt" or "latent"')
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of ['image'], got {sorted(unknown)}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: expected some of ['image'], got {sorted(unknown)}: the picture "
+                "in the making is called image here, and latents and text stay as they are"
+            )
         if latents is not None:
-            latents = self._check_latents(latents)
+            latents = self._check_latents(latents, height, width, denormalized)
             batch = len(latents)
             cell = config.scale * config.latent_downscale_factor
             size = latents.shape[-2] * cell, latents.shape[-1] * cell
@@ -233,74 +342,116 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             raise ValueError(f"expected latents of shape (B, {config.latent_channels}, h, w), got none")
         else:
             height, width = size = self._check_size(height, width)
-            several = next((given for given in (prompt_embeds, prompt, generator) if not isinstance(given, _ONE)), [0])
-            batch = len(several)
+            given = (noise, prompt_embeds, prompt, generator)
+            batch = len(next((several for several in given if not isinstance(several, _ONE)), [0]))
         sigma = self._check_sigma(sigma, batch, device)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        guide = guidance_scale != 1 and config.text_embed_dim is not None
-        embeds = self._prompt_embeds(prompt, prompt_embeds, batch, "prompt")
-        if guide:
-            negative = self._prompt_embeds(negative_prompt or "", negative_prompt_embeds, batch, "negative_prompt")
-
-        layout = plan(
-            self.transformer, height, width, batch, 0 if embeds is None else embeds.shape[1], tile_size=tile_size,
-            tile_overlap=tile_overlap, chunk_size=chunk_size, max_memory=max_memory,
-            trained_size=self.config.trained_size, device=device,
-        )  # fmt: skip
-
-        _tell_plan(str(layout))
-
-        # Sampling works in float32 whatever the dtype of the network (method: Sampling).
-        image = randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
-        features = None
-        if latents is not None:
-            features = self.transformer.encode_latents(latents.to(device), height, width)
-        rotary = self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, device)
+        if noise is not None:
+            self._check_noise(noise, (batch, 3, height, width))
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = self.config.default_negative_prompt
         scheduler = self._set_times(num_inference_steps, sigmas, height, width, device)
+
+        @functools.cache
+        def negative() -> torch.Tensor | None:
+            return self._prompt_embeds(negative_prompt, negative_prompt_embeds, batch, "negative_prompt")
 
         def velocity(
             image: torch.Tensor, features: LatentFeatures | None, time: torch.Tensor, text: torch.Tensor | None
         ) -> torch.Tensor:
             return self.transformer(
                 image, time, text, sigma=sigma, latent_features=features, chunk_size=layout.chunk_size,
-                image_rotary_emb=rotary, return_dict=False,
+                image_rotary_emb=rotary, attention_kwargs=attention_kwargs, return_dict=False,
             )[0].float()  # fmt: skip
 
         def guided(image: torch.Tensor, features: LatentFeatures | None) -> torch.Tensor:
+            if call.interrupt:
+                raise _Interrupted
             v = velocity(image, features, time, embeds)
-            if not guide:
+            if not self.guides(guidance):
                 return v
-            v_u = velocity(image, features, time, negative)  # without text alone: the latents are present in both
-            return v_u + guidance_scale * (v - v_u)
+            v_u = velocity(image, features, time, negative())  # without text alone: the latents are present in both
+            return v_u + guidance * (v - v_u)
 
-        aux_pixels = config.patch_size // config.scale
-        with self.progress_bar(total=len(scheduler.timesteps) * layout.tiles.count) as progress:
-            for step, timestep in enumerate(scheduler.timesteps):
-                # Not `timestep`, which DPM-Solver++ rounds to an integer.
-                time = 1000 * scheduler.sigmas[step]
-                if layout.tiled:
-                    v = tiled_velocity(
-                        guided, image, features, layout.tiles, config.patch_size, aux_pixels, progress.update
-                    )
-                else:
-                    v = guided(image, features)
-                    progress.update()
-                if isinstance(scheduler, FlowMatchLCMScheduler):
-                    image = lcm_step(v, image, scheduler.sigmas[step], scheduler.sigmas[step + 1], generator)
-                else:
-                    image = scheduler.step(v, timestep, image, return_dict=False)[0]
-                del v
-                if callback_on_step_end is not None:
-                    image = (callback_on_step_end(self, step, timestep, {"image": image}) or {}).get("image", image)
+        with self._running(guidance_scale, len(scheduler.timesteps)) as call:
+            embeds = self._prompt_embeds(prompt, prompt_embeds, batch, "prompt")
+            if self.guides(call.guidance_scale):
+                negative()
+            layout = plan(
+                self.transformer, height, width, batch, 0 if embeds is None else embeds.shape[1], tile_size=tile_size,
+                tile_overlap=tile_overlap, chunk_size=chunk_size, max_memory=max_memory,
+                trained_size=self.config.trained_size, device=device,
+            )  # fmt: skip
+            _tell_plan(str(layout))
+
+            # Sampling works in float32 whatever the dtype of the network (method: Sampling).
+            if noise is None:
+                noise = randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
+            image, features = noise.to(device, torch.float32), None
+            del noise
+            if latents is not None:
+                features = self.transformer.encode_latents(
+                    latents.to(device), height, width, attention_kwargs=attention_kwargs
+                )
+            rotary = self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, device)
+            aux_pixels = config.patch_size // config.scale
+            with self.progress_bar(total=len(scheduler.timesteps) * layout.tiles.count) as progress:
+                for step, timestep in enumerate(scheduler.timesteps):
+                    # Not `timestep`, which DPM-Solver++ rounds to an integer.
+                    time = 1000 * scheduler.sigmas[step]
+                    guidance = call.guidance_scale
+                    try:
+                        if layout.tiled:
+                            v = tiled_velocity(
+                                guided, image, features, layout.tiles, config.patch_size, aux_pixels, progress.update
+                            )
+                        else:
+                            v = guided(image, features)
+                            progress.update()
+                    except _Interrupted:
+                        break
+                    if isinstance(scheduler, FlowMatchLCMScheduler):
+                        image = lcm_step(v, image, scheduler.sigmas[step], scheduler.sigmas[step + 1], generator)
+                    else:
+                        image = scheduler.step(v, timestep, image, return_dict=False)[0]
+                    del v
+                    if callback_on_step_end is not None:
+                        tensors = {"image": image} if "image" in callback_on_step_end_tensor_inputs else {}
+                        image = (callback_on_step_end(self, step, timestep, tensors) or {}).get("image", image)
 
         del features
         image = image[..., : size[0], : size[1]]
         images = postprocess(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Prompts -> `prompt_embeds` and `negative_prompt_embeds`, (B, T, Dt), for a call.
+
+        Args:
+            do_classifier_free_guidance: whether the call will be guided; otherwise there are no negative ones. By
+                default what the decoder was made for.
+
+        Returns:
+            Two `None` for a decoder without text.
+        """
+        if self.transformer.config.text_embed_dim is None:
+            return None, None
+        if do_classifier_free_guidance is None:
+            do_classifier_free_guidance = self.guides()
+        embeds = self._encode(prompt)
+        if not do_classifier_free_guidance:
+            return embeds, None
+        if negative_prompt is None:
+            negative_prompt = self.config.default_negative_prompt
+        return embeds, self._encode(negative_prompt)
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image | torch.Tensor, encoder: ImageEncoder | None = None) -> torch.Tensor:
@@ -321,7 +472,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         config = self.transformer.config
         own = self.encoder
         if encoder is None and own is not None:
-            encoder = lambda x: encode(own, x.to(own.device, own.dtype)).float()  # noqa: E731
+            encoder = lambda x: encode(own, x.to(own.dtype)).float()  # noqa: E731
         if encoder is None:
             known = SPACES.get(self.config.latent_space or "")
             example = f', such as load_image_encoder("{known.encoder}")' if known else ""
@@ -379,30 +530,114 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             noise = randn_tensor(latents.shape, generator=noise_generator, device=latents.device, dtype=latents.dtype)
             space = SPACES.get(self.config.latent_space or "")
             latents = add_noise(latents, noise, levels, space.frame if space else "flow")
-        images = self(latents, sigma=float(levels), **kwargs).images
+        images = self(latents, sigma=float(levels), denormalized=False, **kwargs)[0]
         height, width = image.height * scale, image.width * scale
         if isinstance(images, list):
             images = [picture.crop((0, 0, width, height)) for picture in images]
         else:
             images = images[:, :height, :width] if isinstance(images, np.ndarray) else images[..., :height, :width]
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images) if kwargs.get("return_dict", True) else (images,)
 
-    def _check_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    @property
+    def guidance_scale(self) -> float:
+        return self._read_call().guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._read_call().num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._read_call().interrupt
+
+    # The names that diffusers' callbacks assign to; here each call has its own, so that threads do not meet.
+    @property
+    def _guidance_scale(self) -> float:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        for call in self._addressed_calls():
+            call.guidance_scale = value
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        for call in self._addressed_calls():
+            call.interrupt = value
+
+    @contextmanager
+    def _running(self, guidance_scale: float | None, num_timesteps: int) -> Iterator[_Call]:
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(float(guidance_scale)):
+            raise ValueError(f"expected a guidance_scale such as 5, got {guidance_scale!r}")
+        call = self._calls[threading.get_ident()] = _Call(float(guidance_scale), num_timesteps)
+        try:
+            yield call
+        finally:
+            call.running = False
+
+    def _read_call(self) -> _Call:
+        """This thread's last call, or if it made none the last of another."""
+        calls = dict(self._calls)
+        if not calls:
+            raise AttributeError("no call yet")
+        return calls.get(threading.get_ident()) or list(calls.values())[-1]
+
+    def _addressed_calls(self) -> list[_Call]:
+        """The call that runs in this thread; from a thread without one, all that run."""
+        calls = dict(self._calls)
+        running = [call for call in calls.values() if call.running]
+        own = calls.get(threading.get_ident())
+        return [own] if own in running else running
+
+    def guides(self, guidance_scale: float | None = None) -> bool:
+        """Whether a step at this scale, by default the decoder's own, takes a pass without the prompt."""
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        return guidance_scale > 1 and self.transformer.config.text_embed_dim is not None
+
+    def _check_latents(
+        self, latents: torch.Tensor | np.ndarray, height: int | None, width: int | None, denormalized: bool
+    ) -> torch.Tensor:
+        """Whatever form they come in, as normalised (B, C, h, w)."""
         config = self.transformer.config
+        if isinstance(latents, np.ndarray) and latents.dtype.kind in "fiu":
+            latents = torch.tensor(latents)
+        if not isinstance(latents, torch.Tensor):
+            hint = {str: ": give the prompt as prompt=...", Image.Image: ": give an image to `upscale`"}
+            first = latents[0] if isinstance(latents, (list, tuple)) and latents else latents
+            why = next((text for kind, text in hint.items() if isinstance(first, kind)), "")
+            raise ValueError(f"expected latents, a tensor, as the first argument, got {type(latents).__name__}{why}")
         if config.latent_channels is None:
             raise ValueError("this network is a text-to-image prior: it takes no latents")
+        latents = latents if latents.is_floating_point() else latents.float()
+        if latents.ndim == 3 and height and width:
+            latents = unpack_tokens(latents, config.latent_channels, config.latent_downscale_factor, height, width)
         latents = latents[None] if latents.ndim == 3 else latents
         if latents.ndim != 4 or latents.shape[1] != config.latent_channels or not latents.numel():
             raise ValueError(
                 f"expected latents of shape (B, {config.latent_channels}, h, w), got {tuple(latents.shape)}: this "
-                "decoder is for another latent space, or the latents are packed or unpacked differently"
+                "decoder is for another latent space, or the latents are packed or unpacked differently (packed ones "
+                "need the height and width of the latent model's image)"
             )
         if not latents.isfinite().all():
             raise ValueError(
                 f"expected finite latents, {int((~latents.isfinite()).sum())} of {latents.numel()} values are NaN or "
                 "infinite: the model that made them overflowed; try bfloat16 or float32 there"
             )
+        if denormalized:
+            latents = normalise(latents.float(), SPACES.get(self.config.latent_space or ""))
         return latents
+
+    @staticmethod
+    def _check_noise(noise: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if not isinstance(noise, torch.Tensor) or noise.shape != shape or not noise.isfinite().all():
+            raise ValueError(f"expected noise as a tensor of finite values, {shape}, got {_described(noise)}")
 
     def _check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         patch = self.transformer.config.patch_size
@@ -412,7 +647,10 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
 
     @staticmethod
     def _check_sigma(sigma: float | Sequence[float] | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
-        values = torch.as_tensor(sigma, dtype=torch.float32, device=device)
+        try:
+            values = torch.as_tensor(sigma, dtype=torch.float32, device=device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"expected sigma in [0, 1], one or one for each image, got {sigma!r}") from None
         if values.ndim > 1 or values.numel() not in (1, batch):
             raise ValueError(f"expected one sigma, or one for each of {batch} images, got shape {tuple(values.shape)}")
         if not ((values >= 0) & (values <= 1)).all():
@@ -425,33 +663,51 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         width = self.transformer.config.text_embed_dim
         if width is None:
             return None
+        if prompt is not None and embeds is not None:
+            raise ValueError(f"got {name} and {name}_embeds: give one of them")
         if embeds is None:
             if prompt is None:
                 raise ValueError(f"this decoder reads text: expected {name} or {name}_embeds (B, T, {width}), got none")
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            if self.text_encoder is None or self.tokenizer is None:
-                embeds = self.prompt_encoder(prompts, self._execution_device)
-            else:
-                embeds = encode_prompts(prompts, self.tokenizer, self.text_encoder)
-        if embeds.ndim != 3 or embeds.shape[2] != width or len(embeds) not in (1, batch):
-            raise ValueError(f"expected {name}_embeds of shape (1 or {batch}, T, {width}), got {tuple(embeds.shape)}")
+            embeds = self._encode(prompt)
+        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else ()
+        if len(shape) != 3 or shape[2] != width or shape[0] not in (1, batch):
+            raise ValueError(f"expected {name}_embeds of shape (1 or {batch}, T, {width}), got {_described(embeds)}")
         return embeds.to(self._execution_device).expand(batch, -1, -1)
+
+    def _encode(self, prompt: str | list[str]) -> torch.Tensor:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"expected a prompt, or a list with one for each image, got {prompt!r}")
+        if self.text_encoder is None or self.tokenizer is None:
+            return self.prompt_encoder(prompts, self._execution_device)
+        return encode_prompts(prompts, self.tokenizer, self.text_encoder, self._execution_device)
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError if the decoder cannot be sampled in so many steps."""
+        teacher = isinstance(self.scheduler, DPMSolverMultistepScheduler)
+        if not isinstance(steps, numbers.Integral) or (teacher and steps < 1):
+            raise ValueError(f"expected a number of steps, at least 1, got {steps!r}")
+        if not teacher:
+            student_times(int(steps))
 
     def _set_times(
         self, steps: int | None, sigmas: Sequence[float] | None, height: int, width: int, device: torch.device
     ) -> SchedulerMixin:
-        """The scheduler, set to the teacher's or the student's times."""
+        """A scheduler of this call's own, set to the teacher's or the student's times."""
         steps = steps if steps is not None else len(sigmas) if sigmas else self.config.default_num_inference_steps
-        scheduler = self.scheduler
-        if isinstance(scheduler, DPMSolverMultistepScheduler):
-            if sigmas is not None or steps < 1:
-                raise ValueError(f"DPM-Solver++ takes a number of steps, at least 1, got {steps=} and {sigmas=}")
+        if sigmas is None:
+            self.check_steps(steps)
+        if isinstance(self.scheduler, DPMSolverMultistepScheduler):
+            if sigmas is not None:
+                raise ValueError(f"DPM-Solver++ chooses its own times: expected a number of steps, got sigmas {sigmas}")
             shift = 6 * math.sqrt(math.sqrt(height * width) / 2048)
-            scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, flow_shift=shift)
+            scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config, flow_shift=shift)
             scheduler.set_timesteps(steps, device=device)
         else:
+            scheduler = copy.deepcopy(self.scheduler)
             times = list(sigmas) if sigmas is not None else student_times(steps)
-            if len(times) != steps or sorted(times, reverse=True) != times or not all(0 < t <= 1 for t in times):
+            falling = all(t > after for t, after in zip(times, [*times[1:], 0.0], strict=True))
+            if len(times) != steps or not falling or times[0] > 1:
                 raise ValueError(f"expected {steps} falling sigmas in (0, 1], got {times}")
             scheduler.set_timesteps(sigmas=times, device=device)
         scheduler.set_begin_index(0)
@@ -460,6 +716,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
 
 def postprocess(image: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
     """Image (B, 3, H, W) in [-1, 1] -> "pt", "np" or "pil", as diffusers' `VaeImageProcessor`, with one copy."""
+    if output_type == "latent":
+        return image
     image = (image * 0.5).add_(0.5).clamp_(0, 1)
     if output_type == "pt":
         return image
@@ -482,6 +740,28 @@ def lcm_step(
     """
     noise = randn_tensor(image.shape, generator=generator, device=image.device, dtype=torch.float32)
     return velocity.mul_(-t).add_(image).mul_(1 - t_next).add_(noise.mul_(t_next))
+
+
+def _described(value: Any) -> str:
+    """What came in place of a tensor, or of one of another shape."""
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether a pipeline's configuration names, as [module, class], a public class of this package."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and value[1] in pixeldecoder.__all__
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Without diffusers' progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -92,6 +93,11 @@ def plan(
     Raises:
         ValueError: what is asked for does not fit, or no choice does; the message tells what would.
     """
+    given = {"tile_size": tile_size, "tile_overlap": tile_overlap, "chunk_size": chunk_size}
+    for name, value in given.items():
+        if not isinstance(value, Integral | None) and (name, value) != ("tile_size", "auto"):
+            unit = "patches" if name == "chunk_size" else "pixels"
+            raise ValueError(f"{name} is {value!r}: expected a whole number of {unit}")
     patch = model.config.patch_size
     device = device or model.device
     budget = memory_budget(device, max_memory)

@@ -7,6 +7,11 @@ from typing import Any
 
 HUB_REPOSITORY = "nvidia/PiD"
 RELEASED_LICENSE = "NVIDIA non-commercial licence (research and evaluation only)"
+RELEASED_NEGATIVE_PROMPT = (
+    "low quality, worst quality, over-saturated, three legs, six fingers, cartoon, anime, cgi, low res, blurry, "
+    "deformed, distortion, duplicated limbs, plastic skin, jpeg artifacts, watermark"
+)
+"""What the released teachers and the prior are guided away from, and their students were distilled with."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Preset:
     """A 4-step student; otherwise a teacher or the prior, sampled with DPM-Solver++ and guidance."""
     num_inference_steps: int
     guidance_scale: float
+    negative_prompt: str = ""
+    """What guidance leads away from."""
 
     @property
     def trained_size(self) -> int:
@@ -65,10 +72,10 @@ def _presets() -> dict[str, Preset]:
     for space in ("flux", "flux2", "qwenimage"):
         _, config = students[f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_distill_4step"]
         name = f"PiD_v1pt5_res2kto4k_sr4x_official_{space}_undistilled"
-        presets.append(Preset(name, space, config, False, 25, 5.0))
+        presets.append(Preset(name, space, config, False, 25, 5.0, RELEASED_NEGATIVE_PROMPT))
     # v1.5 trains the adapter alone on top of this network, so the two share the rotary reference.
     prior = dict(latent_channels=None, rope_reference_size=2048)
-    presets.append(Preset("PixelDiT_finetune_2kto4k", None, prior, False, 50, 2.75))
+    presets.append(Preset("PixelDiT_finetune_2kto4k", None, prior, False, 50, 2.75, RELEASED_NEGATIVE_PROMPT))
     return {preset.name: preset for preset in presets}
 
 
@@ -101,3 +108,17 @@ def find_preset(path: str | Path, name: str | None = None) -> Preset | None:
         return PRESETS[name]
     path = Path(path)
     return next((PRESETS[known] for known in (path.stem, path.name, path.parent.name) if known in PRESETS), None)
+
+
+def check_decoder_name(name: str) -> None:
+    """Raises ValueError if there can be no decoder of that name."""
+    if name != "nano" and name not in PRESETS and not Path(name).expanduser().exists() and not is_hub_id(name):
+        raise ValueError(
+            f'no decoder "{name}": expected "nano", a folder or a checkpoint file (there is no such folder or file), a '
+            f"Hub id (owner/name) or one of the released names {', '.join(PRESETS)}"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it reads "owner/name", which "./folder", "../folder", "folder/" and "~/folder" do not."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None

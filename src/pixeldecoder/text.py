@@ -8,15 +8,22 @@ from typing import Literal
 
 import torch
 from diffusers.utils import logging
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pixeldecoder.presets import is_hub_id
 
 logger = logging.get_logger(__name__)
 
 TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 """The ungated copy of google/gemma-2-2b-it, whose last hidden state the released networks read."""
 MAX_TOKENS = 300
+BATCH = 8
+"""Captions that the text encoder reads at a time."""
+KEPT = 256
+"""Captions whose embeddings are kept in memory, the last ones asked for: 0.35 GB of Gemma-2's in bfloat16."""
 
 
 def instruction() -> str:
@@ -29,32 +36,38 @@ def instruction() -> str:
 
 @torch.no_grad()
 def encode_prompts(
-    prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel
+    prompts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Last hidden states (B, 300, Dt) of instruction + caption: those of the start token and of the last 299 tokens.
 
     A longer caption is cut, with a warning that says what was lost.
+
+    Args:
+        device: where the text encoder computes, if that is not where its weights are now.
     """
     prefix = instruction()
-    length = len(tokenizer(prefix).input_ids) + MAX_TOKENS - 2
-    for prompt in prompts:
-        lost = tokenizer(prefix + prompt).input_ids[length:]
-        if lost:
+    instruction_ids, *rows = tokenizer([prefix, *(prefix + prompt for prompt in prompts)]).input_ids
+    length = len(instruction_ids) + MAX_TOKENS - 2
+    # Padded here, on the right: Gemma's tokenizer pads on the left, and is the caller's.
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for row, given in enumerate(rows):
+        if lost := given[length:]:
             logger.warning(
                 f"the prompt is {len(lost)} tokens longer than the {MAX_TOKENS - 2} that the decoder reads; this was "
                 f"cut: {tokenizer.decode(lost)!r}"
             )
-    # Set here, not where the tokenizer is made: Gemma's default is left, and the selection below counts on right.
-    tokenizer.padding_side = "right"
-    tokens = tokenizer(
-        [prefix + prompt for prompt in prompts],
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_tensors="pt",
-    ).to(text_encoder.device)
-    hidden = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-    return torch.cat([hidden[:, :1], hidden[:, 1 - MAX_TOKENS :]], dim=1)
+        kept = torch.tensor(given[:length])
+        ids[row, : len(kept)], mask[row, : len(kept)] = kept, 1
+    device = device or text_encoder.device
+    embeds = []
+    for tokens, attended in zip(ids.to(device).split(BATCH), mask.to(device).split(BATCH), strict=True):
+        hidden = text_encoder(input_ids=tokens, attention_mask=attended).last_hidden_state
+        embeds.append(torch.cat([hidden[:, :1], hidden[:, 1 - MAX_TOKENS :]], dim=1))
+    return torch.cat(embeds)
 
 
 class PromptEncoder:
@@ -65,7 +78,7 @@ class PromptEncoder:
         device: where it runs, "cpu" too beside a decoder on a GPU; `None`: where the decoder does.
         quantization: of its weights, by bitsandbytes (`pip install "pixeldecoder[quantize]"`).
         cache: folder in which embeddings are kept, each in a file named after its content (see `prompt_cache`); `None`
-            keeps them in memory alone.
+            keeps the last ones, in memory.
     """
 
     def __init__(
@@ -83,26 +96,35 @@ class PromptEncoder:
     def __call__(self, prompts: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
         """(B, 300, Dt); `device` is that of an encoder that was made without one."""
         device = self.device or torch.device(device)
-        return torch.cat([self._one(prompt, device) for prompt in prompts]).to(device)
+        keys = {prompt: self._key(prompt) for prompt in prompts}
+        found = {prompt: self._find(key, device) for prompt, key in keys.items()}
+        embeds = {prompt: one for prompt, one in found.items() if one is not None}
+        if missing := [prompt for prompt in keys if prompt not in embeds]:
+            for prompt, one in zip(missing, encode_prompts(missing, *self._load(device), device).split(1), strict=True):
+                embeds[prompt] = one.clone()  # which does not hold the others' memory
+                if self.cache is not None:
+                    save_prompt_embeds(one.cpu(), self.cache / f"{keys[prompt]}.safetensors", prompt)
+        for prompt, key in keys.items():
+            self._seen.pop(key, None)
+            self._seen[key] = embeds[prompt]
+        for key in list(self._seen)[:-KEPT]:
+            del self._seen[key]
+        return torch.cat([embeds[prompt] for prompt in prompts])
 
     def unload(self) -> None:
         """Free the model's memory; what was encoded stays known."""
         self._parts = None
 
-    def _one(self, prompt: str, device: torch.device) -> torch.Tensor:
-        key = hashlib.sha256("\0".join([self.name, str(self.quantization), instruction(), prompt]).encode()).hexdigest()
+    def _key(self, prompt: str) -> str:
+        content = [self.name, str(self.quantization), instruction(), prompt]
+        return hashlib.sha256("\0".join(content).encode()).hexdigest()
+
+    def _find(self, key: str, device: torch.device) -> torch.Tensor | None:
+        """From memory or the folder."""
         if key in self._seen:
-            return self._seen[key]
+            return self._seen[key].to(device)
         path = self.cache / f"{key}.safetensors" if self.cache is not None else None
-        if path is not None and path.is_file():
-            embeds = load_prompt_embeds(path)
-        else:
-            embeds = encode_prompts([prompt], *self._load(device)).cpu()
-            if path is not None:
-                save_prompt_embeds(embeds, path, prompt)
-        if prompt == "" or self.cache is not None:  # training's captions are too many to keep
-            self._seen[key] = embeds
-        return embeds
+        return load_prompt_embeds(path).to(device) if path is not None and path.is_file() else None
 
     def _load(self, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         if self._parts is None:
@@ -120,9 +142,12 @@ class PromptEncoder:
                 kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": device})
             from pixeldecoder.latents import unreachable
 
+            name = os.path.expanduser(self.name)
+            if not Path(name).is_dir() and is_hub_id(name) and not try_to_load_from_cache(name, "config.json"):
+                logger.warning(f"fetching the text encoder {name} from https://huggingface.co, about 5 GB")
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self.name)
-                model = AutoModel.from_pretrained(self.name, dtype=dtype, **kwargs)
+                tokenizer = AutoTokenizer.from_pretrained(name)
+                model = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
             except OSError as error:
                 raise unreachable(self.name, error) from None
             model = model if self.quantization else model.to(device)

@@ -1,0 +1,1 @@
+from pixeldecoder import TinyLatentEncoder  # noqa: F401

@@ -1,0 +1,1 @@
+from pixeldecoder import PixelDecoderPipeline  # noqa: F401

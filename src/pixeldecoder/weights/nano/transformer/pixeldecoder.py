@@ -1,0 +1,1 @@
+from pixeldecoder import PixelDecoderTransformer2DModel  # noqa: F401
