@@ -187,7 +187,7 @@ def measure(
         kwargs = dict(num_inference_steps=steps, generator=generator, output_type="pt")
         if with_latents:
             latents = encode(shrink(batch, 4))
-            noise = SampleRandom(config.seed, numbers).normal(*latents.shape[1:])
+            noise = SampleRandom(config.seed, numbers, "validation").normal(*latents.shape[1:])
             latents = add_noise(latents, noise, torch.full((len(batch),), sigma))
             kwargs |= dict(latents=latents, sigma=sigma)
         else:

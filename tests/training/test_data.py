@@ -4,20 +4,26 @@ import csv
 import io
 import json
 import tarfile
+from dataclasses import replace
 from itertools import islice
+from typing import get_args
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from pixeldecoder.training.data import (
     Folder,
+    Purpose,
     SampleRandom,
     Shards,
     batches,
     batches_in_memory,
     bucket_sizes,
 )
+from pixeldecoder.training.distill import StudentStage
+from pixeldecoder.training.teacher import TeacherStage
 from training.conftest import write_photos
 
 
@@ -154,6 +160,58 @@ def test_in_memory(tmp_path):
 
 
 def test_random_numbers_depend_on_the_sample_alone():
-    both = SampleRandom(0, [5, 9]).normal(3)
-    assert torch.equal(both[1], SampleRandom(0, [9]).normal(3)[0])
-    assert not torch.equal(both[0], both[1]) and not torch.equal(both, SampleRandom(1, [5, 9]).normal(3))
+    both = SampleRandom(0, [5, 9], "training").normal(3)
+    assert torch.equal(both[1], SampleRandom(0, [9], "training").normal(3)[0])
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both, SampleRandom(1, [5, 9], "training").normal(3))
+
+
+def test_random_numbers_for_two_purposes_are_independent():
+    """Of 4000 samples: a share or a correlation is right within four standard errors, 1 / sqrt(4000) each."""
+    draws = {
+        (seed, purpose): SampleRandom(seed, list(range(4000)), purpose).uniform(4)
+        for seed in (0, 1)
+        for purpose in get_args(Purpose)
+    }
+    together = torch.cat(list(draws.values()), dim=1)
+    assert (together.mean(dim=0) - 0.5).abs().max() < 4 * 12**-0.5 * 4000**-0.5
+    correlation = together.T.corrcoef() - torch.eye(together.shape[1])
+    assert correlation.abs().max() < 5 * 4000**-0.5
+
+
+class DrawnError(Exception):
+    """A condition was drawn."""
+
+
+@pytest.mark.parametrize("losses", ["teacher.losses", "student.critic_losses", "student.student_losses"])
+def test_a_crop_s_place_does_not_decide_its_noise(losses, request, tmp_path):
+    """A picture whose colours tell where a crop of it is: what an update draws for the crop does not depend on that."""
+    ramp = torch.arange(192).to(torch.uint8)
+    columns, rows = ramp.expand(192, 192), ramp[:, None].expand(192, 192)
+    (tmp_path / "ramp").mkdir()
+    Image.fromarray(torch.stack([columns, rows, columns], dim=-1).numpy()).save(tmp_path / "ramp" / "0.png")
+    kind, name = losses.split(".")
+    config = replace(request.getfixturevalue(kind), noise_probability=0.5)
+    if kind == "teacher":
+        config.latent_dropout = 0.5
+    stage = (TeacherStage if kind == "teacher" else StudentStage)(config, Accelerator(cpu=True))
+    conditions, found = stage.conditions, []
+
+    def draw(batch, *args, **kwargs):
+        condition = conditions(batch, *args, **kwargs)
+        found.append([*batch.image[:, :2, 0, 0].T, condition.sigma > 0, condition.sigma, condition.kept])
+        raise DrawnError
+
+    stage.conditions = draw
+    for batch in islice(batches_in_memory(Folder(tmp_path / "ramp"), 64, 200, seed=config.seed), 5):
+        with pytest.raises(DrawnError):
+            getattr(stage, name)(batch, *([1.0] if name == "student_losses" else []))
+    left, top, *drawn = (torch.cat([part.float() for part in parts]) for parts in zip(*found, strict=True))
+    drawn = [values for values in drawn if values.std() > 0]
+    assert len(drawn) == (3 if kind == "teacher" else 2)  # a student's latents are not dropped
+    correlation = torch.stack([left, top, *drawn]).corrcoef()
+    assert correlation[:2, 2:].abs().max() < 4 * 1000**-0.5
+    is_noised = drawn[0].bool()
+    for place in (left, top):  # in every quarter of the places a half is noised
+        for quarter in is_noised[place.argsort()].float().chunk(4):
+            assert quarter.mean() == pytest.approx(0.5, abs=4 * 0.5 * 250**-0.5)

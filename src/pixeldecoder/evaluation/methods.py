@@ -93,7 +93,7 @@ class Making(NamedTuple):
     device: str
 
     def noised(self, latents: torch.Tensor, case: Case, sigma: float, frame: Frame) -> torch.Tensor:
-        noise = SampleRandom(self.seed, [case.number]).normal(*latents.shape[1:]).to(latents)
+        noise = SampleRandom(self.seed, [case.number], "evaluation").normal(*latents.shape[1:]).to(latents)
         return add_noise(latents, noise, torch.tensor([sigma]), frame)
 
     def generator(self, case: Case) -> torch.Generator:

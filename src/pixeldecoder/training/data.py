@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -52,18 +53,24 @@ class Batch:
     """Where the next batch is: the `start` of a run that goes on after this one."""
 
 
+Purpose = Literal["evaluation", "crop", "training", "validation"]
+
+
 class SampleRandom:
-    """Random numbers that depend on the seed and on a sample's number alone.
+    """Random numbers that depend on the seed, a sample's number and what they are for alone.
 
     So neither the batch size, nor the number of processes, nor an interruption changes what a sample sees.
+
+    Args:
+        purpose: generators of one sample for two purposes are independent; for one they give the same numbers.
     """
 
-    def __init__(self, seed: int, samples: list[int], device: torch.device | str = "cpu"):
+    def __init__(self, seed: int, samples: list[int], purpose: Purpose, device: torch.device | str = "cpu"):
         self.device = device
-        # Large odd multipliers keep neighbouring seeds and samples apart.
+        # Large odd multipliers keep neighbouring seeds, samples and purposes apart.
+        start = seed * 0x9E3779B97F4A7C15 + get_args(Purpose).index(purpose) * 0x165667B19E3779F9
         self.generators = [
-            torch.Generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + n * 0xC2B2AE3D27D4EB4F) % 2**63)
-            for n in samples
+            torch.Generator(device).manual_seed((start + n * 0xC2B2AE3D27D4EB4F) % 2**63) for n in samples
         ]
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -129,7 +136,7 @@ class Folder:
     def records(self, seed: int) -> Iterator[Record]:
         """Endless: every epoch in an order of its own."""
         for epoch in count():
-            yield from random.Random(f"{seed}/{epoch}").sample(self.items, len(self.items))
+            yield from random.Random(f"{seed}/order/{epoch}").sample(self.items, len(self.items))
 
 
 class Shards:
@@ -153,7 +160,7 @@ class Shards:
     def records(self, seed: int) -> Iterator[Record]:
         """Endless: every epoch in an order of its own."""
         for epoch in count():
-            yield from self.once(random.Random(f"{seed}/{epoch}"))
+            yield from self.once(random.Random(f"{seed}/order/{epoch}"))
 
     def once(self, rng: random.Random | None = None) -> Iterator[Record]:
         """Every picture once, in the order of the shards, or shuffled."""
@@ -251,7 +258,7 @@ def batches(
             for index in ((slot + offset) % total for offset in range(total)):
                 try:
                     if index not in crops:
-                        crops[index] = crop(records[index], size, random.Random(f"{seed}/{step * total + index}"))
+                        crops[index] = crop(records[index], size, random.Random(f"{seed}/crop/{step * total + index}"))
                     chosen.append(index)
                     break
                 except UNREADABLE as error:
@@ -338,7 +345,7 @@ def batches_in_memory(
     area = torch.tensor([image[0].numel() for image in images], dtype=torch.float64).cumsum(0)
     for step in count(start):
         samples = [(step * world_size + rank) * batch_size + slot for slot in range(batch_size)]
-        draws = SampleRandom(seed, samples).uniform(3).double()
+        draws = SampleRandom(seed, samples, "crop").uniform(3).double()
         chosen = torch.searchsorted(area, draws[:, 0] * area[-1], right=True).clamp_max(len(images) - 1).tolist()
         crops = []
         for index, (_, y, x) in zip(chosen, draws.tolist(), strict=True):

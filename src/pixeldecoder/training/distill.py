@@ -98,7 +98,7 @@ class StudentStage:
         return update([self.fake_score, self.discriminator], batches, self.critic_losses, step, self.accelerator)
 
     def student_losses(self, batch: Batch, gan_warm_up: float) -> Terms:
-        random = SampleRandom(self.config.seed, batch.samples, batch.image.device)
+        random = SampleRandom(self.config.seed, batch.samples, "training", batch.image.device)
         condition = self.conditions(batch, random)
         image = self.student_image(batch, condition, random)
         x_t, t, _ = self._noised(image, random)
@@ -117,7 +117,7 @@ class StudentStage:
         }
 
     def critic_losses(self, batch: Batch) -> Terms:
-        random = SampleRandom(self.config.seed, batch.samples, batch.image.device)
+        random = SampleRandom(self.config.seed, batch.samples, "training", batch.image.device)
         condition = self.conditions(batch, random)
         with torch.no_grad():
             image = self.student_image(batch, condition, random)
@@ -145,7 +145,7 @@ class StudentStage:
             x_t = noised(image, random.normal(*image.shape[1:]), t)
         else:
             # One step for all processes: they must run the network equally often.
-            last = Random(f"{self.config.seed}/{batch.position}").randrange(len(times))
+            last = Random(f"{self.config.seed}/rollout/{batch.position}").randrange(len(times))
             x_t = random.normal(*image.shape[1:])
             with torch.no_grad():
                 for now, following in pairwise(times[: last + 1, None].expand(-1, len(image))):

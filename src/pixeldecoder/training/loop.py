@@ -182,7 +182,7 @@ def validate(config: Run, stage: StudentStage | TeacherStage, average: Average, 
     columns = []
     half = config.precision == "bfloat16" and not config.fsdp
     with average.applied(), autocast(image.device, half):
-        whole = stage.conditions(batch, SampleRandom(0, batch.samples, image.device))
+        whole = stage.conditions(batch, SampleRandom(0, batch.samples, "validation", image.device))
 
         def run(**kwargs) -> torch.Tensor:
             generator = [torch.Generator().manual_seed(n) for n in batch.samples]
@@ -203,7 +203,7 @@ def validate(config: Run, stage: StudentStage | TeacherStage, average: Average, 
             result["psnr_bicubic"] = psnr(bicubic, image)
             columns.append(bicubic)
             latents = stage.conditions.encoder(small)
-            noise = SampleRandom(1, batch.samples, image.device).normal(*latents.shape[1:])
+            noise = SampleRandom(1, batch.samples, "validation", image.device).normal(*latents.shape[1:])
             for sigma in VALIDATION_SIGMAS:
                 level = torch.full((len(image),), sigma, device=image.device)
                 z = add_noise(latents, noise, level, getattr(config, "frame", "flow"))

@@ -56,7 +56,7 @@ class TeacherStage:
 
     def losses(self, batch: Batch) -> Terms:
         config, image = self.config, batch.image
-        random = SampleRandom(config.seed, batch.samples, image.device)
+        random = SampleRandom(config.seed, batch.samples, "training", image.device)
         latent_dropout = config.latent_dropout if isinstance(config, Teacher) else 0.0
         condition = self.conditions(batch, random, config.caption_dropout, latent_dropout)
         t = training_times(random, *image.shape[-2:])
