@@ -12,7 +12,6 @@ names. Then:
     pixeldecoder upscale small.png large.png --decoder outputs/base/student
 """
 
-import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,9 +79,10 @@ def configure(config: Config, stage: str) -> Run:
     return Student(
         model=str(config.out / "teacher"),
         optimizer=optimizer,
-        critic_optimizer=copy.copy(optimizer),
+        fake_score_optimizer=replace(optimizer, weight_decay=1e-3, warmup_steps=0),
+        discriminator_optimizer=replace(optimizer, warmup_steps=0, max_grad_norm=None),
         feature_blocks=(3, 7),
-        ema_decay=0.999,
+        ema_decay=0.995,
         steps=config.steps or 12_000,
         **common,
     )

@@ -119,7 +119,8 @@ def main(config: Config) -> None:
     teacher = run(Teacher, "teacher", model=str(config.out / "start"), **learned)
     gateless = run(Teacher, "gateless", model=str(config.out / "start_gateless"), **learned)
     prior = run(Prior, "prior", model=str(config.out / "start_prior"), steps=config.prior_steps)
-    slow = Optimizer(learning_rate=3e-5, weight_decay=0.0, warmup_steps=20, max_grad_norm=1.0)
+    slow = Optimizer(learning_rate=3e-5, weight_decay=0.0, warmup_steps=3, max_grad_norm=1.0)
+    fast = Optimizer(learning_rate=2e-4, weight_decay=0.0, warmup_steps=0, max_grad_norm=None)
     student = run(
         Student,
         "student",
@@ -129,9 +130,10 @@ def main(config: Config) -> None:
         batch_size=16,
         micro_batch_size=16,
         optimizer=slow,
-        critic_optimizer=replace(slow, learning_rate=2e-4),
+        fake_score_optimizer=replace(fast, weight_decay=1e-3, max_grad_norm=1.0),
+        discriminator_optimizer=fast,
         feature_blocks=(1, 3),
-        ema_decay=0.9,
+        ema_decay=0.5,
     )
 
     # What distillation starts from: the teacher's weights under the student's sampler.

@@ -65,7 +65,7 @@ class RandomConditions:
             small=torch.zeros(count, 3, height // network.scale, width // network.scale, device=self.device),
             kept=torch.ones(count, device=self.device),
             embeds=embeds,
-            empty_embeds=embeds,
+            negative_embeds=embeds,
         )
 
 
@@ -143,6 +143,7 @@ def one(run: Teacher | Student, resolution: int, config: Config) -> tuple[int, s
             for losses, parts in updates:
                 torch.stack(list(losses(batch).values())).sum().backward()
                 for part in parts:
+                    stage.parts[part].clip()
                     stage.parts[part].step(0)
             average.update(0)
             return counter.peak, "not measured"
@@ -151,7 +152,8 @@ def one(run: Teacher | Student, resolution: int, config: Config) -> tuple[int, s
                 torch.cuda.synchronize()
                 begun = time.time()
             stage.update([batch], step)
-            average.update(step)
+            if (number := stage.model_update(step)) is not None:
+                average.update(number)
         torch.cuda.synchronize()
     rate = count * config.updates / (time.time() - begun)
     peak = torch.cuda.max_memory_allocated()

@@ -53,7 +53,8 @@ def student(teacher, tmp_path) -> Student:
     return replace(
         Student(**common),
         output=tmp_path / "student",
-        critic_optimizer=teacher.optimizer,
+        fake_score_optimizer=teacher.optimizer,
+        discriminator_optimizer=replace(teacher.optimizer, max_grad_norm=None),
         student_every=2,
         feature_blocks=(1,),
     )

@@ -1,28 +1,24 @@
 """Run by torchrun: `run.yaml`'s update of step `number`; its gradients, before the optimizer's step, into a file."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from pixeldecoder.training.config import Student, Teacher, read_yaml
-from pixeldecoder.training.parts import Part
 
 kind, folder, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 gradients = {}
 
 
-def step(part, number):
+def keep(part, *_):
     for name, parameter in part.module.named_parameters():
         if parameter.grad is not None:
             grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
             gradients[f"{type(part.module).__name__.removeprefix('FSDP')}.{name}"] = grad.clone()
-    part.optimizer.zero_grad()
-    return torch.zeros(())
 
-
-Part.step = step
 
 if __name__ == "__main__":
     from accelerate import Accelerator
@@ -35,6 +31,8 @@ if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     stage = (StudentStage if kind == "student" else TeacherStage)(config, accelerator)
+    for part in stage.parts.values():
+        part.optimizer.register_step_pre_hook(partial(keep, part))
     for part in stage.parts.values():  # zero layers would hide errors; alike in every process, whatever the sharding
         for name, parameter in part.module.named_parameters():
             if name == "proj_out.weight" or ".heads." in name:

@@ -42,7 +42,7 @@ class PixelDecoderOutput(BaseOutput):
     """What `PixelDecoderTransformer2DModel` returns."""
 
     sample: torch.Tensor
-    """Velocity v = noise - image, (B, 3, H, W), in the dtype of the input."""
+    """Velocity v = noise - image, (B, 3, H, W), in the dtype of the input; `None` with `features_only`."""
     features: tuple[torch.Tensor, ...] | None = None
     """Image tokens after each block asked for, (B, D, Hp, Wp)."""
     aux_rgb: torch.Tensor | None = None
@@ -264,6 +264,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         sigma: torch.Tensor | float = 0.0,
         latent_features: LatentFeatures | None = None,
         return_features: tuple[int, ...] | None = None,
+        features_only: bool = False,
         return_aux_rgb: bool = False,
         chunk_size: int | None = None,
         return_dict: bool = True,
@@ -281,6 +282,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             sigma: noise level of the latents in [0, 1], a number or (B,).
             latent_features: `encode_latents(latents, H, W)`, in place of `latents`.
             return_features: patch blocks (from 0) whose image tokens are wanted.
+            features_only: stop after the last of these blocks, without a velocity.
             return_aux_rgb: also return the adapter's auxiliary low-resolution image.
             chunk_size: patches on which everything but attention works at a time; by default all. Fewer take less
                 memory, and on a CPU less time; the numbers stay the same to rounding.
@@ -307,6 +309,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             latent_features = self.encode_latents(latents, height, width, return_aux_rgb)
         if latent_features is None and (return_aux_rgb or self.config.aux_rgb_base):
             raise ValueError("the auxiliary RGB image is predicted from latents: pass latents or latent_features")
+        if features_only and not return_features:
+            raise ValueError("features_only=True: expected return_features, the blocks whose features are wanted")
         device, dtype = hidden_states.device, self.dtype
         grid = (height // patch, width // patch)
         t = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
@@ -328,14 +332,18 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             text_rope = text_rotary(text.shape[1], self.config.attention_head_dim, device)
         h = self.patch_embed(F.unfold(image, patch, stride=patch).transpose(1, 2))
         features = {}
-        for i, block in enumerate(self.patch_blocks):
+        last = max(return_features) if features_only and return_features else len(self.patch_blocks) - 1
+        for i, block in enumerate(self.patch_blocks[: last + 1]):
             if latent_features is not None and i % self.config.injection_interval == 0:
                 injection = i // self.config.injection_interval
                 h = h + self.adapter.sigma_gates[injection](h, latent_features.injections[injection], sigma)
-            is_last = i == len(self.patch_blocks) - 1
-            h, text = self._run(block, h, text, condition, rotary, text_rope, is_last, chunk_size)
+            h, text = self._run(block, h, text, condition, rotary, text_rope, i == last, chunk_size)
             if return_features is not None and i in return_features:
                 features[i] = h.transpose(1, 2).unflatten(2, grid)
+        wanted = None if return_features is None else tuple(features[i] for i in return_features)
+        if features_only:
+            result = PixelDecoderOutput(sample=None, features=wanted)  # type: ignore[arg-type]
+            return result if return_dict else result.to_tuple()
 
         # Pixel pathway: s conditions every pixel of its patch.
         s = F.silu(time + h)
@@ -355,7 +363,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             output = (hidden_states - output) / clamped_t
         result = PixelDecoderOutput(
             sample=output,
-            features=None if return_features is None else tuple(features[i] for i in return_features),
+            features=wanted,
             aux_rgb=latent_features.aux_rgb if return_aux_rgb else None,
         )
         return result if return_dict else result.to_tuple()

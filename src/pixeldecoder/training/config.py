@@ -40,8 +40,9 @@ class Optimizer:
     weight_decay: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 2000
-    """Of a linear warm-up; constant after it."""
-    max_grad_norm: float = 0.1
+    """Of a linear warm-up, counted in updates of what is trained; constant after it."""
+    max_grad_norm: float | None = 0.1
+    """Longer gradients are cut to it; None: as they are."""
 
 
 @dataclass(kw_only=True)
@@ -149,16 +150,21 @@ class Student(Conditioned):
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(learning_rate=1e-5, weight_decay=0.0, warmup_steps=100)
     )
-    critic_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, warmup_steps=100))
-    """Of the fake score and of the discriminator."""
+    fake_score_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, warmup_steps=0))
+    discriminator_optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(learning_rate=1e-5, weight_decay=0.0, warmup_steps=0, max_grad_norm=None)
+    )
     student_every: int = 6
     """Every so many updates one is the student's, the others the critics'."""
     guidance_scale: float = 3.0
     """Of the teacher, on text alone."""
+    negative_prompt: str = ""
+    """The text of the teacher's unconditional pass; the released students' is `presets.RELEASED_NEGATIVE_PROMPT`."""
     student_input: Literal["noised", "rollout"] = "noised"
     """A real image noised to a student time, or the student's own sample up to a random step."""
     gan_weight: float = 0.05
     gan_warmup_steps: int = 100
+    """Until the student's adversarial term has its full weight, counted in updates of all."""
     r1_weight: float = 200.0
     r1_noise: float = 0.1
     feature_blocks: tuple[int, ...] = (7,)
@@ -204,9 +210,10 @@ def nano_student() -> Student:
         encoder="nano",
         micro_batch_size=16,
         optimizer=optimizer,
-        critic_optimizer=replace(optimizer, weight_decay=1e-3),
+        fake_score_optimizer=replace(optimizer, weight_decay=1e-3, warmup_steps=0),
+        discriminator_optimizer=replace(optimizer, warmup_steps=0, max_grad_norm=None),
         feature_blocks=(1,),
-        ema_decay=0.99,
+        ema_decay=0.95,
         gradient_checkpointing=False,
     )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pixeldecoder.latents import add_noise, load_image_encoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.text import PromptEncoder
-from pixeldecoder.training.config import Conditioned, Run
+from pixeldecoder.training.config import Conditioned, Run, Student
 from pixeldecoder.training.data import Batch, SampleRandom
 
 
@@ -26,16 +26,22 @@ class Condition(NamedTuple):
     """(B,), 0 where the latents were dropped, else 1."""
     embeds: torch.Tensor | None
     """(B, T, Dt)."""
-    empty_embeds: torch.Tensor | None
-    """Those of the empty caption."""
+    negative_embeds: torch.Tensor | None
+    """Of the unconditional pass: those of the student's `negative_prompt`, else of the empty caption."""
 
-    def inputs(self, guided: bool = True) -> dict:
-        """For the network; with the empty caption unless `guided`: the latents are present in both."""
+    def inputs(self) -> dict:
+        """For the network."""
         return dict(
-            encoder_hidden_states=self.embeds if guided else self.empty_embeds,
+            encoder_hidden_states=self.embeds,
             latents=self.latents,
             sigma=0.0 if self.sigma is None else self.sigma,
         )
+
+    @property
+    def aux_rgb_weight(self) -> torch.Tensor:
+        """(B,): 1 - sigma, 0 where the latents were dropped."""
+        assert self.kept is not None and self.sigma is not None
+        return self.kept * (1 - self.sigma)
 
 
 class Conditions:
@@ -65,26 +71,38 @@ class Conditions:
             raise ValueError("this network takes no latents: give a decoder, or `architecture` with latent_channels")
         if self.network.text_embed_dim is not None:
             self.text = PromptEncoder(config.text_encoder, device)
+            self.negative_embeds = self.text([config.negative_prompt if isinstance(config, Student) else ""])
 
     def __call__(
         self, batch: Batch, random: SampleRandom, caption_dropout: float = 0.0, latent_dropout: float = 0.0
     ) -> Condition:
         # Always drawn, so that an option does not shift the numbers of what comes after.
-        drop_caption, drop_latents, is_noised, sigma = random.uniform(4).unbind(1)
-        embeds = empty = None
+        draws = random.uniform(4)
+        embeds = negative = None
         if self.text is not None:
-            dropped = (drop_caption < caption_dropout).tolist()
+            dropped = (draws[:, 0] < caption_dropout).tolist()
             embeds = self.text(["" if drop else c for c, drop in zip(batch.captions, dropped, strict=True)])
-            empty = self.text([""]).expand_as(embeds)
+            negative = self.negative_embeds.expand_as(embeds)
         if self.encoder is None:
-            return Condition(None, None, None, None, embeds, empty)
+            return Condition(None, None, None, None, embeds, negative)
         assert isinstance(self.run, Conditioned)
         small = shrink(batch.image, self.network.scale)
-        sigma = self.run.max_sigma * sigma * (is_noised < self.run.noise_probability)
-        kept = (drop_latents >= latent_dropout).float()
+        kept, sigma = self._levels(draws, latent_dropout)
         latents = self.encoder(small)
         latents = add_noise(latents, random.normal(*latents.shape[1:]), sigma, self.run.frame)
-        return Condition(latents * kept[:, None, None, None], sigma, small, kept, embeds, empty)
+        return Condition(latents * kept[:, None, None, None], sigma, small, kept, embeds, negative)
+
+    def aux_rgb_weight(self, random: SampleRandom, latent_dropout: float) -> torch.Tensor:
+        """`Condition.aux_rgb_weight` of the samples that a call with this new `random` would draw."""
+        kept, sigma = self._levels(random.uniform(4), latent_dropout)
+        return kept * (1 - sigma)
+
+    def _levels(self, draws: torch.Tensor, latent_dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uniform draws (B, 4), the first of them the caption's -> `kept` and `sigma`."""
+        assert isinstance(self.run, Conditioned)
+        _, drop_latents, is_noised, level = draws.unbind(1)
+        kept = (drop_latents >= latent_dropout).float()
+        return kept, self.run.max_sigma * level * (is_noised < self.run.noise_probability)
 
 
 def shrink(image: torch.Tensor, factor: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Batches in, DMD2 updates out: the 4-step student (method: DMD2; arXiv 2405.14867)."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -47,10 +48,12 @@ class StudentStage:
             if config.gradient_checkpointing:
                 trained.enable_gradient_checkpointing()
         self.student = Part(network.train(), config.optimizer, config, accelerator)
-        self.fake_score = Part(fake_score.train(), config.critic_optimizer, config, accelerator)
+        self.fake_score = Part(fake_score.train(), config.fake_score_optimizer, config, accelerator)
         dim = network.config.num_attention_heads * network.config.attention_head_dim
         discriminator = PixelDecoderDiscriminator(dim, len(config.feature_blocks))
-        self.discriminator = Part(discriminator, config.critic_optimizer, config, accelerator)
+        # In float32 for the critics' update and the student's: R1 lives on small differences of logits.
+        whole = replace(config, precision="float32")
+        self.discriminator = Part(discriminator, config.discriminator_optimizer, whole, accelerator)
         self.parts = {
             "student": self.student,
             "fake_score": self.fake_score,
@@ -85,32 +88,44 @@ class StudentStage:
             trained_size=self.config.data.resolution,
         )
 
+    def model_update(self, step: int) -> int | None:
+        """Which of the student's updates this step is, from 0; `None`: it is the critics'."""
+        number, place = divmod(step, self.config.student_every)
+        return number if place == self.config.student_every - 1 else None
+
     def update(self, batches: list[Batch], step: int) -> dict[str, float]:
-        if (step + 1) % self.config.student_every == 0:
-            warm_up = min(1.0, step / max(1, self.config.gan_warmup_steps))
-            self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
-            try:
-                return update(
-                    [self.student], batches, lambda batch: self.student_losses(batch, warm_up), step, self.accelerator
-                )
-            finally:
-                self.discriminator.module.requires_grad_(True)
-        return update([self.fake_score, self.discriminator], batches, self.critic_losses, step, self.accelerator)
+        number = self.model_update(step)
+        if number is None:
+            critics = {"fake_score": self.fake_score, "discriminator": self.discriminator}
+            number = step - step // self.config.student_every
+            return update(critics, batches, self.critic_losses, step, number, self.accelerator)
+        warm_up = min(1.0, step / max(1, self.config.gan_warmup_steps))
+        self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
+        try:
+            student = {"student": self.student}
+            return update(
+                student, batches, lambda batch: self.student_losses(batch, warm_up), step, number, self.accelerator
+            )
+        finally:
+            self.discriminator.module.requires_grad_(True)
 
     def student_losses(self, batch: Batch, gan_warm_up: float) -> Terms:
         random = SampleRandom(self.config.seed, batch.samples, "training", batch.image.device)
         condition = self.conditions(batch, random)
         image = self.student_image(batch, condition, random)
         x_t, t, _ = self._noised(image, random)
-        real = self._teacher(x_t, t, condition, features=True)
+        inputs = self._teacher_inputs(condition, image)
+        real = self._teacher(x_t, t, inputs, return_features=self.config.feature_blocks)
+        features, velocity = real.features, real.sample.detach()
+        del real  # and with it the graph beyond the features, which nothing goes back through
         with torch.no_grad():
-            velocity = real.sample
             if self.guides:
-                empty = self._teacher(x_t, t, condition, guided=False).sample
-                velocity = empty + self.config.guidance_scale * (velocity - empty)
+                negative = inputs | dict(encoder_hidden_states=condition.negative_embeds)
+                unconditional = self._teacher(x_t, t, negative).sample
+                velocity = unconditional + self.config.guidance_scale * (velocity - unconditional)
             x0_teacher = _clean(x_t, velocity, t)
             x0_fake = _clean(x_t, self.fake_score(x_t, 1000 * t, **condition.inputs()).sample, t)
-        logits = self.discriminator.module(tuple(feature.float() for feature in real.features))
+        logits = self.discriminator.module(tuple(feature.float() for feature in features))
         return {
             "vsd": losses.vsd(image, x0_teacher, x0_fake),
             "gan": gan_warm_up * self.config.gan_weight * losses.gan_student(logits),
@@ -125,8 +140,10 @@ class StudentStage:
         output = self.fake_score(x_t, 1000 * t, **condition.inputs())
         real = noised(batch.image, noise, t)
         perturbed = real + self.config.r1_noise * random.normal(*real.shape[1:])
+        inputs = self._teacher_inputs(condition, image)
+        wanted = dict(return_features=self.config.feature_blocks, features_only=True)
         with torch.no_grad():
-            features = [self._teacher(x, t, condition, features=True).features for x in (x_t, real, perturbed)]
+            features = [self._teacher(x, t, inputs, **wanted).features for x in (x_t, real, perturbed)]
         # One pass for all three: a wrapper for many processes counts on one per update.
         joined = tuple(torch.cat(maps).float() for maps in zip(*features, strict=True))
         fake_logits, real_logits, perturbed_logits = self.discriminator(joined).chunk(3)
@@ -159,13 +176,18 @@ class StudentStage:
         noise = random.normal(*image.shape[1:])
         return noised(image, noise, t), t, noise
 
-    def _teacher(
-        self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition, guided: bool = True, features: bool = False
-    ) -> PixelDecoderOutput:
-        wanted = self.config.feature_blocks if features else None
-        half = self.config.precision == "bfloat16" and not self.config.fsdp
-        with autocast(x_t.device, half):
-            return self.teacher(x_t, 1000 * t, **condition.inputs(guided), return_features=wanted)
+    def _teacher_inputs(self, condition: Condition, image: torch.Tensor) -> dict:
+        """The condition, by the teacher's adapter once for all its passes."""
+        with torch.no_grad(), self._teacher_autocast():
+            features = self.teacher.encode_latents(condition.latents, *image.shape[-2:])  # type: ignore[operator]
+        return condition.inputs() | dict(latents=None, latent_features=features)
+
+    def _teacher(self, x_t: torch.Tensor, t: torch.Tensor, inputs: dict, **wanted) -> PixelDecoderOutput:
+        with self._teacher_autocast():
+            return self.teacher(x_t, 1000 * t, **inputs, **wanted)
+
+    def _teacher_autocast(self) -> torch.autocast:
+        return autocast(self.accelerator.device, self.config.precision == "bfloat16" and not self.config.fsdp)
 
 
 class Int8Rows(torch.nn.Module):

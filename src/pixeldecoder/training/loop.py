@@ -79,7 +79,8 @@ def train(config: Run) -> Path:
         while step < config.steps:
             current = list(islice(stream, accumulated))
             terms = stage.update(current, step)
-            average.update(step)
+            if (number := stage.model_update(step)) is not None:
+                average.update(number)
             step, position = step + 1, current[-1].position
             bar.update()
             log.add(step, terms, bar, accumulated * config.micro_batch_size * world)
@@ -188,7 +189,7 @@ def validate(config: Run, stage: StudentStage | TeacherStage, average: Average, 
             generator = [torch.Generator().manual_seed(n) for n in batch.samples]
             images = pipeline(
                 prompt_embeds=whole.embeds,
-                negative_prompt_embeds=whole.empty_embeds,
+                negative_prompt_embeds=whole.negative_embeds,
                 generator=generator,
                 output_type="pt",
                 **kwargs,

@@ -18,21 +18,21 @@ def flow_matching(velocity: torch.Tensor, image: torch.Tensor, noise: torch.Tens
 
 
 def aux_rgb(
-    prediction: torch.Tensor, small: torch.Tensor, sigma: torch.Tensor, keep: torch.Tensor | None = None
+    prediction: torch.Tensor, small: torch.Tensor, weight: torch.Tensor, total: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Charbonnier distance of luma and chroma, samples weighted by 1 - sigma.
+    """Charbonnier distance of luma and chroma, a weighted mean over the samples (method: Training, "Auxiliary RGB").
 
     Args:
         prediction, small: low-resolution images (B, 3, h, w) in [-1, 1].
-        sigma: noise level of each sample's latents (B,).
-        keep: 0 for samples whose latents were dropped, else 1 (B,).
+        weight: of each sample (B,), in [0, 1]: 1 - sigma, and 0 where the latents were dropped.
+        total: what the weighted sum is divided by, for samples that are a part of a batch; by default the sum of the
+            weights. If all are 0, so is the loss.
     """
     difference = (prediction.float() - small.float()) / 2  # of RGB in [0, 1]
     difference = torch.einsum("ij,bjhw->bihw", _YCBCR.to(difference), difference)
-    distance = (difference.square() + CHARBONNIER_EPS**2).sqrt().mean(dim=(2, 3))
-    per_sample = (distance * distance.new_tensor(_YCBCR_WEIGHTS)).mean(dim=1)
-    weight = (1 - sigma.float()) * (1 if keep is None else keep.float())
-    return (weight * per_sample).mean()
+    weighted = difference * difference.new_tensor(_YCBCR_WEIGHTS)[:, None, None]
+    distance = ((weighted.square() + CHARBONNIER_EPS**2).sqrt() - CHARBONNIER_EPS).mean(dim=(1, 2, 3))
+    return (weight * distance).sum() / (weight.sum() if total is None else total).clamp_min(1e-8)
 
 
 def repa(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Networks in, networks that train over one or many processes out: their optimizers, average and memory."""
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -178,14 +178,18 @@ class Part:
         else:
             yield
 
-    def step(self, number: int) -> torch.Tensor:
-        """Clip, take the optimizer's step at the learning rate of this step; returns the gradient's norm."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+    def clip(self) -> torch.Tensor:
+        """Cut the gradient to its longest; returns its norm before."""
+        longest = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, longest)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def step(self, number: int) -> None:
+        """The optimizer's step, at the learning rate of this part's update `number`, from 0."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * min(1, (number + 1) / max(1, self.settings.warmup_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def autocast(device: torch.device, enabled: bool):
@@ -194,37 +198,53 @@ def autocast(device: torch.device, enabled: bool):
 
 
 def update(
-    parts: list[Part],
+    parts: dict[str, Part],
     batches: list[Batch],
     losses: Callable[[Batch], Terms],
+    step: int,
     number: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """One optimizer step of `parts` on accumulated batches; returns the terms' means over all processes.
+    """One optimizer step of `parts` on accumulated batches.
+
+    Args:
+        step: of the run, for messages.
+        number: of this update among those of `parts`, from 0.
+
+    Returns:
+        The terms' means over all processes, and each part's gradient norm before it is cut.
 
     Raises:
-        TrainingError: a loss that is not finite; the weights are then as before.
+        TrainingError: a loss or a gradient that is not finite; the weights of all parts are then as before.
     """
-    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    bad: list[str] = []
+    rows = []
     for index, batch in enumerate(batches):
         with ExitStack() as stack:
-            for part in parts:
+            for part in parts.values():
                 stack.enter_context(part.synchronised(index == len(batches) - 1))
             terms = losses(batch)
             (torch.stack(list(terms.values())).sum() / len(batches)).backward()
-        for name, term in terms.items():
-            sums[name] = sums[name] + term.detach() / len(batches)
-        if not all(term.isfinite() for term in terms.values()):
-            bad += batch.names
-    values = accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "mean")
-    if not values.isfinite().all():
+        rows.append(torch.stack([term.detach().float() for term in terms.values()]))
+    norms = torch.stack([part.clip().float() for part in parts.values()])
+    means = torch.cat([torch.stack(rows).mean(dim=0), norms])
+    # Looked at once a step: each look waits for the device.
+    names = [*terms, *(f"gradient_norm_{name}" for name in parts)]
+    values = dict(zip(names, accelerator.reduce(means, "mean").tolist(), strict=True))
+    if not all(map(math.isfinite, values.values())):
+        bad = [
+            name for batch, row in zip(batches, rows, strict=True) for name in batch.names if not row.isfinite().all()
+        ]
+        if not all(math.isfinite(values[name]) for name in terms):
+            where = f", in the batch of {', '.join(bad)}" if bad else " in another process, which names the batch"
+            raise TrainingError(f"the loss of step {step} is not finite{where}")
+        found = ", ".join(name for name in parts if not math.isfinite(values[f"gradient_norm_{name}"]))
+        seen = [name for batch in batches for name in batch.names]
         raise TrainingError(
-            f"the loss of step {number} is not finite"
-            + (f", in the batch of {', '.join(bad)}" if bad else " in another process, which names the batch")
+            f"the gradient of step {step} ({found}) is not finite, in a batch of {len(seen)}: {', '.join(seen[:10])}"
         )
-    norms = [part.step(number) for part in parts]
-    return dict(zip(sums, values.tolist(), strict=True)) | {"gradient_norm": norms[0].item()}
+    for part in parts.values():
+        part.step(number)
+    return values
 
 
 class Average:

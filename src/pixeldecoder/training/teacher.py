@@ -41,22 +41,39 @@ class TeacherStage:
         return self.network.module  # type: ignore[return-value]
 
     def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
-        guidance = (5.0 if isinstance(self.config, Teacher) else 2.75) if model.config.text_embed_dim else 1.0
+        steps, guidance = (25, 5.0) if isinstance(self.config, Teacher) else (50, 2.75)
         return PixelDecoderPipeline(
             model,
             teacher_scheduler(),
-            default_num_inference_steps=25,
-            default_guidance_scale=guidance,
+            default_num_inference_steps=steps,
+            default_guidance_scale=guidance if model.config.text_embed_dim else 1.0,
             latent_space=getattr(self.config, "latent_space", None),
             trained_size=self.config.data.resolution,
         )
 
-    def update(self, batches: list[Batch], step: int) -> dict[str, float]:
-        return update(list(self.parts.values()), batches, self.losses, step, self.accelerator)
+    def model_update(self, step: int) -> int:
+        """Which of the updates of `model` this step is, from 0: each is one."""
+        return step
 
-    def losses(self, batch: Batch) -> Terms:
-        config, image = self.config, batch.image
-        random = SampleRandom(config.seed, batch.samples, "training", image.device)
+    def update(self, batches: list[Batch], step: int) -> dict[str, float]:
+        # The auxiliary term is a weighted mean over the whole batch, of which micro-batches and processes are parts.
+        weight = None
+        if self.aux_rgb:
+            weight = torch.stack([self._aux_rgb_weight(batch).sum() for batch in batches]).mean()
+            weight = self.accelerator.reduce(weight, "mean")
+        return update(self.parts, batches, lambda batch: self.losses(batch, weight), step, step, self.accelerator)
+
+    def _random(self, batch: Batch) -> SampleRandom:
+        return SampleRandom(self.config.seed, batch.samples, "training", batch.image.device)
+
+    def _aux_rgb_weight(self, batch: Batch) -> torch.Tensor:
+        assert isinstance(self.config, Teacher)
+        return self.conditions.aux_rgb_weight(self._random(batch), self.config.latent_dropout)
+
+    def losses(self, batch: Batch, aux_rgb_weight: torch.Tensor | None = None) -> Terms:
+        """The terms of a micro-batch; `aux_rgb_weight`: what the weights of its auxiliary term sum up to in the mean
+        of all micro-batches, by default its own."""
+        config, image, random = self.config, batch.image, self._random(batch)
         latent_dropout = config.latent_dropout if isinstance(config, Teacher) else 0.0
         condition = self.conditions(batch, random, config.caption_dropout, latent_dropout)
         t = training_times(random, *image.shape[-2:])
@@ -70,8 +87,8 @@ class TeacherStage:
         )
         terms = {"velocity": losses.flow_matching(output.sample, image, noise)}
         if self.aux_rgb:
-            assert isinstance(config, Teacher) and condition.small is not None and condition.sigma is not None
-            rgb = losses.aux_rgb(output.aux_rgb, condition.small, condition.sigma, condition.kept)
+            assert isinstance(config, Teacher) and condition.small is not None
+            rgb = losses.aux_rgb(output.aux_rgb, condition.small, condition.aux_rgb_weight, aux_rgb_weight)
             terms["aux_rgb"] = config.aux_rgb_weight * rgb
         if self.repa:
             assert isinstance(config, Prior)
@@ -93,7 +110,7 @@ class RepaTarget:
         self.encoder = encoder.to(accelerator.device)
         dim = network.config.num_attention_heads * network.config.attention_head_dim
         width = self.encoder.config.hidden_size
-        projector = nn.Sequential(nn.Linear(dim, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        projector = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, width))
         self.projector = Part(projector, config.optimizer, config, accelerator)
         self.autocast = config.precision == "bfloat16"
 
@@ -102,7 +119,7 @@ class RepaTarget:
         patch = self.encoder.config.patch_size
         mean, std = (image.new_tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         size = [patch * side for side in features.shape[-2:]]  # one patch of the encoder for each of ours
-        seen = F.interpolate(image / 2 + 0.5, size=size, mode="bicubic", antialias=True)
+        seen = F.interpolate(image / 2 + 0.5, size=size, mode="bicubic")
         with torch.no_grad(), autocast(image.device, self.autocast):
             tokens = self.encoder((seen - mean) / std).last_hidden_state
             target = tokens[:, -features[0, 0].numel() :]  # without class and register tokens, which come first
