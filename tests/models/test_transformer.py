@@ -126,6 +126,25 @@ def test_chunks_have_the_same_gradients():
         torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_features_only():
+    """They and their gradients are those of a whole pass; what comes after the last of them does not run."""
+    model, given = tiny_model(**TINY_V15), inputs()
+    given["hidden_states"].requires_grad_()
+    runs = []
+    for block in model.patch_blocks:
+        block.register_forward_hook(lambda block, *_: runs.append(block))
+    found = []
+    for features_only in (False, True):
+        output = model(**given, return_features=(2, 0), features_only=features_only)
+        sum(feature.square().sum() for feature in output.features).backward()
+        found.append((*output.features, given["hidden_states"].grad))
+        given["hidden_states"].grad = None
+    assert len(found[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert output.sample is None and runs == [*model.patch_blocks, *model.patch_blocks[:3]]
+    (features,) = model(**given, return_features=(2, 0), features_only=True, return_dict=False)
+    assert torch.equal(features[1], found[0][1])
+
+
 @torch.no_grad()
 def test_whole_pixel_modulation_never_exists():
     """Nothing that a chunked forward allocates is as large as the modulation of all pixels."""
@@ -200,6 +219,7 @@ def test_float32_input_survives_a_bfloat16_network():
         ({"latents": torch.randn(2, 4, 2, 3)}, r"\(B, 16, h, w\), got \(2, 4, 2, 3\)"),
         ({"encoder_hidden_states": None}, "expects encoder_hidden_states"),
         ({"return_aux_rgb": True}, "no auxiliary RGB head"),
+        ({"features_only": True}, "expected return_features"),
     ],
 )
 def test_wrong_input(change, message):

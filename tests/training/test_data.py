@@ -56,7 +56,9 @@ def test_order_depends_on_the_seed_alone(tmp_path):
     for a, b in zip(first, again, strict=True):
         assert a.names == b.names and a.samples == b.samples and torch.equal(a.image, b.image)
     assert [b.names for b in first] != [b.names for b in other]
-    assert sorted(name for batch in first[:3] for name in batch.names) == [f"{i}.png" for i in range(6)]  # an epoch
+    epochs = [[name for batch in three for name in batch.names] for three in (first[:3], first[3:])]
+    assert all(sorted(epoch) == [f"{i}.png" for i in range(6)] for epoch in epochs)
+    assert epochs[0] != epochs[1]  # each in an order of its own
 
 
 def test_resumption_and_processes_change_nothing(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from conftest import TINY
 from families import save_gemma
@@ -22,6 +23,7 @@ from pixeldecoder.training.checkpoints import Checkpoints
 from pixeldecoder.training.config import Data, Lora, Optimizer, Prior, write_yaml
 from pixeldecoder.training.loop import train
 from pixeldecoder.training.parts import TrainingError
+from pixeldecoder.training.teacher import RepaTarget
 from training.conftest import ARCHITECTURE, write_photos
 
 TESTS = Path(__file__).parents[1]
@@ -267,7 +269,24 @@ def test_prior_with_captions_and_repa(teacher, tmp_path):
     train(config)
     line = json.loads((config.output / "log.jsonl").read_text().splitlines()[0])
     assert 0 < line["repa"] < 1 and line["velocity"] > 0
-    assert PixelDecoderPipeline.from_pretrained(tmp_path / "exported").config.default_guidance_scale == 2.75
+    exported = PixelDecoderPipeline.from_pretrained(tmp_path / "exported").config
+    assert (exported.default_num_inference_steps, exported.default_guidance_scale) == (50, 2.75)
+
+
+def test_repa_s_projector_and_what_its_encoder_sees(tmp_path):
+    """Four patches of 16 px are four of the encoder's 14: a bicubic reduction, as it is."""
+    network = PixelDecoderTransformer2DModel(**TINY | dict(latent_channels=None))
+    config = Prior(repa_encoder=str(dinov2(tmp_path)), repa_block=1, precision="float32", device="cpu")
+    target = RepaTarget(config, network, Accelerator(cpu=True))
+    shapes = [tuple(layer.weight.shape) for layer in target.projector.module if hasattr(layer, "weight")]
+    assert shapes == [(32, 32), (16, 32)]
+    seen = []
+    target.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    target.loss(torch.randn(1, 32, 4, 4), image).backward()
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = (torch.nn.functional.interpolate((image + 1) / 2, (56, 56), mode="bicubic") - mean) / std
+    torch.testing.assert_close(seen[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -38,19 +38,36 @@ def test_flow_matching():
 
 def test_aux_rgb_of_grey_and_of_red():
     small = torch.zeros(2, 3, 4, 4)
-    sigma = torch.tensor([0.0, 0.4])
+    both = torch.ones(2)
 
     def charbonnier(x):
-        return math.sqrt(x * x + 1e-6)
+        return math.sqrt(x * x + 1e-6) - 1e-3
 
     # A grey difference of .2 in [-1, 1] is .1 of luma in [0, 1], and nothing of chroma.
-    grey = (0.25 * charbonnier(0.1) + 2e-3) / 3
-    assert losses.aux_rgb(small + 0.2, small, sigma).item() == pytest.approx(grey * (1 + 0.6) / 2, rel=1e-5)
+    grey = charbonnier(0.25 * 0.1) / 3
+    assert losses.aux_rgb(small + 0.2, small, both).item() == pytest.approx(grey, rel=1e-5)
     red = small.clone()
     red[:, 0] = 2.0
-    expected = (0.25 * charbonnier(0.299) + charbonnier(0.168736) + charbonnier(0.5)) / 3
-    assert losses.aux_rgb(red, small, torch.zeros(2)).item() == pytest.approx(expected, rel=1e-5)
-    assert losses.aux_rgb(red, small, torch.zeros(2), torch.tensor([1, 0])).item() == pytest.approx(expected / 2)
+    expected = (charbonnier(0.25 * 0.299) + charbonnier(0.168736) + charbonnier(0.5)) / 3
+    assert losses.aux_rgb(red, small, both).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.aux_rgb(small, small, both).item() == 0
+    # The mean is weighted: a grey picture counts 1, a red one .6.
+    mixed = torch.stack([small[0] + 0.2, red[1]])
+    weight = torch.tensor([1.0, 0.6])
+    assert losses.aux_rgb(mixed, small, weight).item() == pytest.approx((grey + 0.6 * expected) / 1.6, rel=1e-5)
+    # Of a larger batch, whose weights sum up to 5, these two are a part.
+    part = losses.aux_rgb(mixed, small, weight, torch.tensor(5.0))
+    assert part.item() == pytest.approx((grey + 0.6 * expected) / 5, rel=1e-5)
+    assert losses.aux_rgb(mixed, small, torch.tensor([0.0, 1.0])).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("total", [None, torch.tensor(0.0)])
+def test_aux_rgb_of_nothing(total):
+    """All samples dropped: neither a loss nor a gradient, and no division by 0."""
+    prediction = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = losses.aux_rgb(prediction, torch.zeros(2, 3, 4, 4), torch.zeros(2), total)
+    loss.backward()
+    assert loss.item() == 0 and (prediction.grad == 0).all()
 
 
 def test_repa():
