@@ -476,8 +476,19 @@ def train_teacher(config: Config) -> None:
 
 
 def train_student(config: Config) -> None:
-    """DMD2 (method: DMD2) with two changes for a small teacher and a short time: the discriminator reads SqueezeNet's
-    features of the image instead of the teacher's, and their distance to the photo's is a loss as well.
+    """After DMD2 (method: Distillation), for a small teacher and a short time. What differs from it:
+
+    - the discriminator reads SqueezeNet's features of the clean image, not the teacher's of the noised one, with a head
+      for each of four layers, and its R1 has a weight of 5, not 200;
+    - the image's squared error (weight 4) and the distance of SqueezeNet's features (1) are losses, too; the
+      adversarial term counts .03, not .05, and warms up over a tenth of the stage; the variational one .1, not 1, and
+      there is no text to guide by;
+    - every update is the student's, the discriminator's and the fake score's in turn, not one of six the student's;
+    - the student's image comes from its own samples, from noise alone twice as often as from each later step;
+    - the fake score learns by the squared error of the image (`squared`), at the student's own time and noise, not by
+      flow matching;
+    - Muon and AdamW, with warm-up and decay, move student and fake score, gradients cut to 1; Adam (.5, .99) at 2e-4
+      the discriminator; the adapter's base is frozen.
 
     `student` starts from the teacher and leaves the base as it is; `polish` goes on from there and trains that, too."""
     if config.squeezenet is None:
