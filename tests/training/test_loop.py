@@ -275,15 +275,15 @@ def test_prior_with_captions_and_repa(teacher, tmp_path):
 
 def test_repa_s_projector_and_what_its_encoder_sees(tmp_path):
     """Four patches of 16 px are four of the encoder's 14: a bicubic reduction, as it is."""
-    network = PixelDecoderTransformer2DModel(**TINY | dict(latent_channels=None))
+    network = PixelDecoderTransformer2DModel(**TINY | dict(latent_channels=None, num_attention_heads=3))
     config = Prior(repa_encoder=str(dinov2(tmp_path)), repa_block=1, precision="float32", device="cpu")
     target = RepaTarget(config, network, Accelerator(cpu=True))
     shapes = [tuple(layer.weight.shape) for layer in target.projector.module if hasattr(layer, "weight")]
-    assert shapes == [(32, 32), (16, 32)]
+    assert shapes == [(48, 48), (16, 48)]
     seen = []
     target.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     image = torch.rand(1, 3, 64, 64) * 2 - 1
-    target.loss(torch.randn(1, 32, 4, 4), image).backward()
+    target.loss(torch.randn(1, 48, 4, 4), image).backward()
     mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = (torch.nn.functional.interpolate((image + 1) / 2, (56, 56), mode="bicubic") - mean) / std
     torch.testing.assert_close(seen[0], expected)
