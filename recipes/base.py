@@ -82,7 +82,7 @@ def configure(config: Config, stage: str) -> Run:
         fake_score_optimizer=replace(optimizer, weight_decay=1e-3, warmup_steps=0),
         discriminator_optimizer=replace(optimizer, warmup_steps=0, max_grad_norm=None),
         feature_blocks=(3, 7),
-        ema_decay=0.995,
+        ema_decay=0.995,  # of 2,000 updates of the student's own
         steps=config.steps or 12_000,
         **common,
     )

@@ -213,7 +213,7 @@ def nano_student() -> Student:
         fake_score_optimizer=replace(optimizer, weight_decay=1e-3, warmup_steps=0),
         discriminator_optimizer=replace(optimizer, warmup_steps=0, max_grad_norm=None),
         feature_blocks=(1,),
-        ema_decay=0.95,
+        ema_decay=0.95,  # of 500 updates of the student's own
         gradient_checkpointing=False,
     )
 
