@@ -447,6 +447,7 @@ def test_rotary_tables_made_once(config, monkeypatch):
     assert torch.equal(model(**given, image_rotary_emb=tables).sample, model(**given).sample)
     with pytest.raises(ValueError, match="image_rotary_emb is of 24 patches, the image has 48"):
         model(**inputs(config, height=128), image_rotary_emb=tables)
+    assert all(x.is_meta for table in model.image_rotary(64, 96, torch.device("meta")) for x in table)
     pipeline, sizes = tiny_pipeline(**config), []
     make = PixelDecoderTransformer2DModel.image_rotary
     monkeypatch.setattr(
