@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchLCMScheduler
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import CASES, TINY, TINY_V15, Golden, manifests, tiny_model
@@ -93,6 +92,15 @@ def test_networks_unknown_to_the_reference_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"\.pth or \.safetensors"):
         save_reference_checkpoint(tiny_model(), tmp_path / "model.ckpt")
     assert not list(tmp_path.iterdir())
+
+
+def test_loaded_in_another_dtype(tmp_path):
+    golden, path = Golden("v1_sdxl"), tmp_path / "model.pth"
+    torch.save(golden.state, path)
+    for dtype in torch.float32, torch.bfloat16:
+        pipeline = PixelDecoderPipeline.from_pretrained(path, torch_dtype=dtype, **overrides(golden))
+        assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {dtype}
+        assert not pipeline.transformer.training
 
 
 @pytest.mark.parametrize("name", list(manifests()))
@@ -316,14 +324,14 @@ def test_bad_settings(settings, message, tmp_path):
 
 
 def test_named_release_is_believed_over_the_files_own_settings(tmp_path):
-    golden = Golden("v15_flux")
-    save_reference_checkpoint(golden.model, tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["pixeldecoder"])["network"]["rope_reference_size"] == 2048
-    model = PixelDecoderTransformer2DModel.from_single_file(
-        tmp_path / "model.safetensors", "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step", rope_reference_size=64
-    )
-    assert model.config.rope_reference_size == 64
+    """And an argument over both."""
+    path, name = tmp_path / "model.safetensors", "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step"
+    save_reference_checkpoint(tiny_model(**TINY_V15 | dict(rope_reference_size=512)), path)
+    load = PixelDecoderTransformer2DModel.from_single_file
+    assert load(path).config.rope_reference_size == 512
+    assert load(path, name).config.rope_reference_size == 2048
+    assert load(path, rope_reference_size=64).config.rope_reference_size == 64
+    assert load(path, name, rope_reference_size=64).config.rope_reference_size == 64
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,26 @@ def test_weights_ramp():
     torch.testing.assert_close(velocity[0, 0, 0], expected)
 
 
+@pytest.mark.parametrize(
+    ("lefts", "overlap", "expected"),
+    [
+        # Overlap of 8, 12 shared: ramps of 8 pixels, level where they are past.
+        ((0, 20), 8, [*[1] * 20, *(min(8, 11.5 - i) / (min(8, 11.5 - i) + min(8, i + 0.5)) for i in range(12))]),
+        # More shared than half a tile: ramps end at half of it, and no weight jumps there.
+        ((0, 8), 24, [*[1] * 8, *(15.5 / (16 + i) for i in range(8)), *((15.5 - i) / 24 for i in range(8)),
+                      *((7.5 - i) / (23 - i) for i in range(8))]),
+    ],
+)  # fmt: skip
+def test_weights_by_hand(lefts, overlap, expected):
+    """Of the first of two tiles of 32 px."""
+    tiles = Tiles(8, 32, (0,), lefts, overlap)
+    seen = iter([1.0, 0.0])
+    ones = torch.ones(1, 3, 8, 32 + lefts[1])
+    velocity = tiled_velocity(lambda x, _: x * next(seen), ones, None, tiles, 8, 2, lambda: None)
+    torch.testing.assert_close(velocity[0, 0, 0], torch.tensor([*expected, *[0.0] * lefts[1]]))
+    assert velocity.diff(dim=3).abs().max() < 0.15
+
+
 def test_every_tile_gets_its_own_features():
     """A network that returns its features: each patch finds what the adapter made for it."""
     patch, aux_pixels, grid = 8, 2, (6, 9)

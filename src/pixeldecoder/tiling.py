@@ -98,9 +98,9 @@ def _weights(side: int, tile: int, starts: tuple[int, ...], overlap: int, device
     for i, start in enumerate(starts):
         weight = ramp.clone()
         if i == 0:
-            weight[: tile // 2] = max(overlap, 1)
+            weight[: tile // 2] = ramp.max()
         if i == len(starts) - 1:
-            weight[tile // 2 :] = max(overlap, 1)
+            weight[tile // 2 :] = ramp.max()
         total[start : start + tile] += weight
         weights.append(weight)
     return [weight / total[start : start + tile] for weight, start in zip(weights, starts, strict=True)]

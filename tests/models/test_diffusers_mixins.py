@@ -4,12 +4,14 @@ import copy
 import json
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers.hooks.group_offloading as offloading
 import pytest
 import torch
 from diffusers import AutoModel
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import dynamic_modules_utils, logging
 from torch import nn
@@ -141,6 +143,14 @@ def test_weights_that_do_not_fit_are_refused(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         PixelDecoderTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_quantized_weights_may_have_other_names(monkeypatch):
+    """bitsandbytes stores what it needs beside them; it quantises on a GPU alone."""
+    loaded = SimpleNamespace(hf_quantizer=object()), {"missing_keys": [], "unexpected_keys": ["weight.absmax"]}
+    monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(lambda cls, path, **kwargs: loaded))
+    assert PixelDecoderTransformer2DModel.from_pretrained("x") is loaded[0]
+    assert PixelDecoderTransformer2DModel.from_pretrained("x", output_loading_info=True) == loaded
 
 
 # Outputs, training
@@ -447,6 +457,7 @@ def test_rotary_tables_made_once(config, monkeypatch):
     assert torch.equal(model(**given, image_rotary_emb=tables).sample, model(**given).sample)
     with pytest.raises(ValueError, match="image_rotary_emb is of 24 patches, the image has 48"):
         model(**inputs(config, height=128), image_rotary_emb=tables)
+    assert all(x.is_meta for table in model.image_rotary(64, 96, torch.device("meta")) for x in table)
     pipeline, sizes = tiny_pipeline(**config), []
     make = PixelDecoderTransformer2DModel.image_rotary
     monkeypatch.setattr(
