@@ -255,6 +255,7 @@ def test_pth_holds_tensors_alone_and_it_is_said(teacher, tmp_path, caplog):
     (line,) = caplog.messages
     for lost in "encoder", "trained_size 512", "latent_space flux", "default_guidance_scale 5.0", "DPMSolverMultistep":
         assert lost in line
+    assert "negative_prompt" not in line  # there is none to lose
     caplog.clear()
     folder_to_reference(teacher / "transformer", tmp_path / "network.pth")
     assert caplog.messages == []

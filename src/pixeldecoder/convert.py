@@ -397,7 +397,7 @@ def folder_to_reference(folder: str | Path, path: str | Path) -> None:
         settings = {"pipeline": {k: entries[k] for k in entries if k not in components}, "scheduler": scheduler}
     save_reference_checkpoint(load_folder(folder), path, settings)
     if path.suffix == ".pth" and settings:
-        told = [f"{key} {value}" for key, value in settings["pipeline"].items() if value is not None]
+        told = [f"{key} {value}" for key, value in settings["pipeline"].items() if value not in (None, "")]
         left_out += [*told, f"scheduler {settings['scheduler']['_class_name']}"]
     if left_out:
         keep = " (a .safetensors file keeps the settings)" if path.suffix == ".pth" else ""
