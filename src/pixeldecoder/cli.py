@@ -789,8 +789,7 @@ class Distill:
 
 def run_training(stage: str, args: list[str]) -> None:
     """`args` without the command and the stage."""
-    from pixeldecoder.training.config import RECIPES, read_yaml
-    from pixeldecoder.training.loop import train
+    from pixeldecoder.training.config import RECIPES, check, read_yaml
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="paper")
@@ -802,7 +801,12 @@ def run_training(stage: str, args: list[str]) -> None:
     if found.config is not None:
         default = read_yaml(found.config, default)
     command = "distill" if stage == "student" else f"train {stage}"
-    print(train(tyro.cli(type(default), args=rest, default=default, prog=f"pixeldecoder {command}")))
+    config = tyro.cli(type(default), args=rest, default=default, prog=f"pixeldecoder {command}")
+    check(config)  # before the libraries, which take seconds
+
+    from pixeldecoder.training.loop import train
+
+    print(train(config))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -862,6 +866,13 @@ def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:
     if name == "auto":
         if pipeline.encoder is not None:
             return None
+        if trained := pipeline.config.encoder_name:
+            if ":" in trained:  # no file has a module imported
+                raise ValueError(f"the decoder was trained with the encoder {trained}: give --encoder {trained}")
+            try:
+                return load_image_encoder(trained, pipeline.device)
+            except ValueError as error:
+                raise ValueError(f"the decoder was trained with the encoder {trained}: {error}") from None
         if pipeline.config.latent_space not in SPACES:
             raise ValueError("the decoder has no encoder and does not tell its latent space: give --encoder")
         name = pipeline.config.latent_space

@@ -93,6 +93,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         license: of the weights, which is printed once when they are loaded.
         trained_size: side in pixels of the largest square image that the network is made for; larger ones are tiled.
         default_negative_prompt: what guidance leads away from where no negative prompt is given.
+        encoder_name: what made the latents in training, as `pixeldecoder.latents.load_image_encoder` takes it; the
+            command uses it where there is no `encoder`.
 
     Attributes:
         guidance_scale, num_timesteps, interrupt: of the running call. As in diffusers, a callback may set
@@ -119,6 +121,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         license: str | None = None,
         trained_size: int | None = None,
         default_negative_prompt: str = "",
+        encoder_name: str | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -135,6 +138,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             license=license,
             trained_size=trained_size,
             default_negative_prompt=default_negative_prompt,
+            encoder_name=encoder_name,
         )
         self.prompt_encoder = PromptEncoder()
         self._calls: dict[int, _Call] = {}  # the last one of each thread

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 HUB_REPOSITORY = "nvidia/PiD"
+TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
+"""The ungated copy of google/gemma-2-2b-it, whose last hidden state the released networks read."""
 RELEASED_LICENSE = "NVIDIA non-commercial licence (research and evaluation only)"
 RELEASED_NEGATIVE_PROMPT = (
     "low quality, worst quality, over-saturated, three legs, six fingers, cartoon, anime, cgi, low res, blurry, "

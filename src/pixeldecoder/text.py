@@ -13,12 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pixeldecoder.presets import is_hub_id
+from pixeldecoder.presets import TEXT_ENCODER, is_hub_id
 
 logger = logging.get_logger(__name__)
 
-TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
-"""The ungated copy of google/gemma-2-2b-it, whose last hidden state the released networks read."""
 MAX_TOKENS = 300
 BATCH = 8
 """Captions that the text encoder reads at a time."""

@@ -39,7 +39,7 @@ def teacher(tmp_path) -> Teacher:
         optimizer=Optimizer(learning_rate=1e-3, warmup_steps=1),
         precision="float32",
         device="cpu",
-        validate_every=1000,
+        validate_every=0,
         checkpoint_every=2,
         log_every=1,
         tracker="none",

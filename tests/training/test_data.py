@@ -20,6 +20,7 @@ from pixeldecoder.training.data import (
     Shards,
     batches,
     batches_in_memory,
+    bucket,
     bucket_sizes,
 )
 from pixeldecoder.training.distill import StudentStage
@@ -48,6 +49,56 @@ def test_pictures_go_to_the_bucket_of_their_shape(tmp_path):
         for batch in take(8, Folder(tmp_path), bucket_sizes(128, 32, 2.0), 1, seed=0)
     }
     assert shapes == {("wide", (96, 160)), ("tall", (160, 96))}
+
+
+def test_bucket_that_a_picture_covers():
+    sizes = bucket_sizes(512, 32, 2.0)
+    assert bucket((512, 512), sizes) == (512, 512)
+    assert bucket((4000, 3000), sizes) == (576, 448)  # 1.29, the next to 1.33
+    assert bucket((3000, 4000), sizes) == (448, 576)
+    assert bucket((4000, 500), sizes) == (704, 384)  # a panorama goes to the widest
+    assert bucket((640, 390), sizes) is None  # large enough by area alone
+    assert bucket((511, 513), sizes) is None and bucket((4000, 383), sizes) is None
+    # 640 x 416 would be next in shape, but is 6 px too high.
+    assert (640, 416) in sizes and bucket((710, 410), sizes) == (672, 384)
+
+
+def test_small_pictures_are_left_out_not_enlarged(tmp_path, capsys):
+    for name, size in {"fits": (64, 64), "larger": (96, 80), "short": (63, 70), "tiny": (20, 30)}.items():
+        write_photos(tmp_path / name, 2, size)
+    source = Folder(tmp_path)
+    found = take(12, source, [(64, 64)], 1, seed=0)
+    assert {batch.names[0].split("/")[0] for batch in found} == {"fits", "larger"} and len(source) == 4
+    assert set(source.skipped.reasons) == {"short/0.png", "short/1.png", "tiny/0.png", "tiny/1.png"}
+    assert source.skipped.reasons["short/0.png"] == "63 x 70 px, which is too small for --data.resolution 64"
+    assert str(source.skipped) == "4 pictures could not be used: short/0.png, short/1.png, tiny/0.png, ..."
+    # A picture of just the size stays as it is.
+    batch = next(batch for batch in found if batch.names == ["fits/1.png"])
+    pixels = torch.tensor(list(Image.open(tmp_path / "fits/1.png").get_flattened_data()), dtype=torch.uint8)
+    assert torch.equal(((batch.image[0] + 1) * 127.5).round().byte().flatten(1).T, pixels)
+    source = Folder(tmp_path)
+    found = list(islice(batches_in_memory(source, 64, 4, seed=0), 4))
+    assert {name.split("/")[0] for batch in found for name in batch.names} == {"fits", "larger"}
+    assert len(source.skipped.reasons) == 4
+
+
+def test_all_pictures_too_small(tmp_path):
+    """The setting that the message gives works, and most pictures are used."""
+    write_photos(tmp_path / "a", 1, (200, 60))
+    write_photos(tmp_path / "b", 3, (100, 120))
+    write_photos(tmp_path / "c", 33, (150, 127))
+    write_photos(tmp_path / "d", 3, (300, 200))
+    with pytest.raises(ValueError) as error:
+        Folder(tmp_path).require(bucket_sizes(512, 32, 2.0), 32)
+    message = (
+        "too small for --data.resolution 512: all 40 pictures; give --data.resolution 96, which suits half of them"
+    )
+    assert str(error.value) == f"{tmp_path}: {message} or more"
+    source = Folder(tmp_path)
+    source.require(bucket_sizes(96, 32, 2.0), 32)
+    assert len(source) == 39
+    with pytest.raises(ValueError, match="all 40 pictures; larger ones are needed"):
+        Folder(tmp_path).require([(512, 512)], 256)
 
 
 def test_order_depends_on_the_seed_alone(tmp_path):
@@ -87,6 +138,8 @@ def test_broken_pictures_are_named_and_replaced(tmp_path):
 
 
 def test_nothing_usable(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: no such folder"):
+        Folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no usable picture: expected .png"):
         Folder(tmp_path)
     write_photos(tmp_path, 1)
@@ -138,6 +191,19 @@ def test_shards(tmp_path):
     assert any(name.endswith(":4") for name in source.skipped.reasons)
     resumed = take(2, source, [(64, 64)], 2, seed=0, start=whole[2].position)
     assert all(torch.equal(a.image, b.image) for a, b in zip(whole[3:], resumed, strict=True))
+
+
+def test_shards_of_small_pictures(tmp_path):
+    write_photos(tmp_path / "small", 3, (40, 90))
+    write_photos(tmp_path / "large", 3, (90, 90))
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for path in sorted(tmp_path.glob("*/*.png")):
+            tar.add(path, f"{path.parent.name}_{path.name}")
+    source = Shards(str(tmp_path / "data.tar"))
+    assert {batch.names[0].split(":")[-1][:5] for batch in take(6, source, [(64, 64)], 1, seed=0)} == {"large"}
+    assert len(source.skipped.reasons) == 3
+    with pytest.raises(ValueError, match=r"these shards: \d+ x 90 px, which is too small for --data.resolution 96"):
+        take(1, Shards(str(tmp_path / "data.tar")), [(96, 96)], 1, seed=0)
 
 
 def test_shards_without_pictures(tmp_path):

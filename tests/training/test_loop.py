@@ -9,19 +9,24 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from conftest import TINY
 from families import save_gemma
-from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel
-from pixeldecoder.cli import main
-from pixeldecoder.training import losses
+from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
+from pixeldecoder.cli import image_encoder, main
+from pixeldecoder.files import to_image
+from pixeldecoder.latents import load_image_encoder
+from pixeldecoder.training import loop, losses
 from pixeldecoder.training.checkpoints import Checkpoints
-from pixeldecoder.training.config import Data, Lora, Optimizer, Prior, write_yaml
-from pixeldecoder.training.loop import train
+from pixeldecoder.training.config import Data, Lora, Optimizer, Prior, read_yaml, write_yaml
+from pixeldecoder.training.loop import load_source, load_validation, train
 from pixeldecoder.training.parts import TrainingError
 from pixeldecoder.training.teacher import RepaTarget
 from training.conftest import ARCHITECTURE, write_photos
@@ -65,6 +70,7 @@ def test_overfits_eight_crops(teacher, tmp_path):
         ema_decay=0.98,
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20, max_grad_norm=1.0),
         log_every=100,
+        validate_every=500,
         checkpoint_every=1000,
     )
     train(config)
@@ -105,7 +111,7 @@ def test_killed_while_it_writes_a_checkpoint(teacher, tmp_path):
             break
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    last = Checkpoints(config, {}).existing()[-1]
+    last = Checkpoints(config).existing()[-1]
     reached = int(last.name.removeprefix("step_"))
     assert partial[0].stem in (last.name, f"step_{reached + 1:08}")  # nothing but the step being written is lost
     resumed = weights(train(replace(config, steps=reached + 2)))
@@ -115,7 +121,7 @@ def test_killed_while_it_writes_a_checkpoint(teacher, tmp_path):
 
 def test_checkpoints_rotate_and_hold_their_configuration(teacher):
     last = train(replace(teacher, steps=6, checkpoint_every=1))
-    assert [p.name for p in Checkpoints(teacher, {}).existing()] == ["step_00000005", "step_00000006"]
+    assert [p.name for p in Checkpoints(teacher).existing()] == ["step_00000005", "step_00000006"]
     assert "averaging:encode" in (last / "config.yaml").read_text()
     assert json.loads((last / "progress.json").read_text())["position"] == 6
     assert (teacher.output / "curves.png").exists()
@@ -123,11 +129,12 @@ def test_checkpoints_rotate_and_hold_their_configuration(teacher):
 
 def test_full_disk(teacher, tmp_path):
     """A file size limit ends a write in the middle, as a full disk does; the older checkpoint stays whole."""
+    teacher.precision = "bfloat16"
     train(replace(teacher, steps=2))
     arguments, environment = command(replace(teacher, steps=4, checkpoint_every=4), tmp_path)
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *arguments]
     result = subprocess.run(limited, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "Warning" not in result.stderr
     assert re.search(r"could not write .*step_00000004.*; the last checkpoint is .*step_00000002\n", result.stderr)
     assert [p.name for p in (teacher.output / "checkpoints").iterdir()] == ["step_00000002"]
     weights(teacher.output / "checkpoints" / "step_00000002")
@@ -139,19 +146,30 @@ def test_nan_stops_with_the_batch_named(teacher, monkeypatch):
     monkeypatch.setattr(losses, "flow_matching", lambda *args: sound(*args) * float("nan"))
     with pytest.raises(TrainingError, match=r"step 2 is not finite, in the batch of \d.png, \d.png; .*step_00000002"):
         train(teacher)
-    assert [p.name for p in Checkpoints(teacher, {}).existing()] == ["step_00000002"]
+    assert [p.name for p in Checkpoints(teacher).existing()] == ["step_00000002"]
 
 
 def test_export_and_validation(teacher, student, tmp_path):
-    teacher = replace(teacher, latent_space="sdxl")
+    teacher = replace(teacher, latent_space="sdxl", validate_every=4)
     assert teacher.frame == "variance-preserving" and student.frame == "flow"
     train(replace(teacher, export=tmp_path / "exported"))
     config = PixelDecoderPipeline.from_pretrained(tmp_path / "exported").config
     assert config.latent_space == "sdxl" and config.trained_size == 64
-    # The picture: bicubic, three sigmas and the original in a row for each of four images.
-    from PIL import Image
-
-    assert Image.open(teacher.output / "validation" / "step_00000004.png").size == (5 * 64, 4 * 64)
+    # The picture: bicubic, three sigmas and the original, their names above them, in a row for each of four images.
+    picture = Image.open(teacher.output / "validation" / "step_00000004.png")
+    assert picture.size == (5 * 64, 20 + 4 * 64)
+    for column in range(5):
+        darkest, brightest = picture.crop((64 * column, 0, 64 * column + 64, 20)).convert("L").getextrema()
+        assert darkest < 64 and brightest == 255
+    originals = {picture.crop((256, y, 320, y + 64)).tobytes() for y in range(20, 276, 64)}
+    batch = load_validation(teacher, PixelDecoderTransformer2DModel(**ARCHITECTURE), load_source(teacher), "cpu")
+    assert originals == {to_image(image[None]).tobytes() for image in batch.image}
+    # The logged values are the means of the rows' PSNRs.
+    (logged,) = psnrs(teacher)
+    pixels = torch.from_numpy(np.array(picture)[20:]).double().reshape(4, 64, 5, 64, 3)
+    error = (pixels - pixels[:, :, 4:]).square().mean(dim=(1, 3, 4))
+    for column, name in enumerate(("psnr_bicubic", "psnr_sigma_0.0", "psnr_sigma_0.4", "psnr_sigma_0.8")):
+        assert logged[name] == pytest.approx((10 * (255**2 / error[:, column]).log10()).mean().item(), abs=0.05)
     assert set(psnrs(teacher)[-1]) == {"step", "psnr_bicubic"} | {f"psnr_sigma_{s}" for s in (0.0, 0.4, 0.8)}
     made = train(replace(student, model=str(tmp_path / "exported"), architecture=None, export=tmp_path / "four"))
     assert made.name == "step_00000004"
@@ -162,6 +180,245 @@ def test_export_and_validation(teacher, student, tmp_path):
         assert torch.equal(tensor, state.get(f"/average/{name}", state[f"/student/{name}"]))
     images = pipeline(torch.randn(1, 16, 2, 2), output_type="pt").images
     assert images.shape == (1, 3, 64, 64)
+
+
+def test_validation_has_its_interval(teacher, monkeypatch):
+    """And can be turned off; the last step has none of its own."""
+    steps = []
+    monkeypatch.setattr(loop.Log, "validation", lambda log, step, *_: steps.append(step))
+    train(replace(teacher, steps=5, validate_every=2))
+    assert steps == [2, 4]
+    monkeypatch.setattr(loop, "load_validation", None)  # is not even loaded
+    train(replace(teacher, steps=1, validate_every=0, output=teacher.output / "never"))
+
+
+def test_validation_in_little_memory(teacher, monkeypatch, tmp_path):
+    """It does not depend on what is free, which differs between steps and processes, nor on the micro batch."""
+    config = replace(teacher, steps=1, batch_size=4, micro_batch_size=4, validate_every=1)
+    train(config)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    train(replace(config, micro_batch_size=1, output=tmp_path / "little"))
+    (plenty,), (little,) = psnrs(config), psnrs(replace(config, output=tmp_path / "little"))
+    assert little == pytest.approx(plenty, abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_validation_tells_the_pipeline_sigma(stage, request, monkeypatch):
+    config = replace(request.getfixturevalue(stage), steps=1, validate_every=1, micro_batch_size=1)
+    told = []
+    plain = PixelDecoderPipeline.__call__
+
+    def spy(self, latents, sigma, **kwargs):
+        told.append((sigma, latents))
+        return plain(self, latents, sigma=sigma, **kwargs)
+
+    monkeypatch.setattr(PixelDecoderPipeline, "__call__", spy)
+    train(config)
+    assert [sigma for sigma, _ in told] == [0.0] * 4 + [0.4] * 4 + [0.8] * 4
+    # The latents are what they are said to be: (1 - sigma) z + sigma noise, of one noise.
+    clean, some, more = (torch.cat([z for _, z in told[n : n + 4]]) for n in (0, 4, 8))
+    torch.testing.assert_close((some - 0.6 * clean) / 0.4, (more - 0.2 * clean) / 0.8, atol=1e-5, rtol=1e-5)
+
+
+def test_a_failing_validation_does_not_end_a_run(teacher, monkeypatch, capsys):
+    """The weights are the trained ones afterwards, not the average."""
+    config = replace(teacher, steps=3, validate_every=1)
+    whole = weights(train(replace(config, validate_every=0, output=config.output / "without")))
+
+    def fails(self, *args, **kwargs):
+        assert not self.transformer.training
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(PixelDecoderPipeline, "__call__", fails)
+    training = []
+    sound = loop.TeacherStage.update
+    monkeypatch.setattr(
+        loop.TeacherStage, "update", lambda stage, *args: training.append(stage.model.training) or sound(stage, *args)
+    )
+    with_failures = weights(train(config))
+    assert all(training) and [n for n in whole if not torch.equal(whole[n], with_failures[n])] == []
+    assert "step 2: no validation: CUDA out of memory. Tried to allocate 2 GiB\n" in capsys.readouterr().err
+
+
+def test_psnr_is_the_mean_over_images():
+    truth = torch.zeros(2, 3, 4, 4)
+    images = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])  # 20 and 40 dB, of 2 from -1 to 1
+    assert loop.mean_psnr(images, truth) == pytest.approx(30, abs=1e-3)
+
+
+def test_validation_is_not_counted_as_training_time(teacher, monkeypatch):
+    """Neither by the bar nor in samples per second."""
+    clock = [1000.0]
+    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
+    log = loop.Log(teacher, Accelerator(cpu=True), 0)
+    bar = loop.tqdm(total=10, disable=False, mininterval=0)
+    bar._time = lambda: clock[0]
+    bar.start_t = bar.last_print_t = clock[0]
+
+    def validate():
+        clock[0] += 100
+        return {"grid": Image.new("RGB", (8, 8)), "psnr_sigma_0.0": 20.0}
+
+    for step in (1, 2):
+        clock[0] += 2
+        bar.update()
+        log.validation(step, bar, validate)
+    assert bar.format_dict["elapsed"] == 4
+    log.add(2, {"velocity": 1.0}, bar, 8)
+    bar.close()
+    lines = [json.loads(line) for line in (teacher.output / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["samples_per_second"] == pytest.approx(8 / 4)
+
+
+def test_log_lines_are_means_over_their_steps(teacher, monkeypatch):
+    """Of the terms, and samples over time, of the whole batch; the last step has a line, too."""
+    clock = [1000.0]
+    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
+
+    def update(stage, batches, step):
+        clock[0] += 3
+        return {"velocity": float(step)} | ({"gan": 7.0} if step == 1 else {})
+
+    monkeypatch.setattr(loop.TeacherStage, "update", update)
+    train(replace(teacher, steps=3, log_every=2, batch_size=4))
+    first, last = [json.loads(line) for line in (teacher.output / "log.jsonl").read_text().splitlines()]
+    assert (first["step"], first["velocity"], first["gan"]) == (2, 0.5, 7.0) and "gan" not in last
+    assert (last["step"], last["velocity"]) == (3, 2.0)
+    assert first["samples_per_second"] == last["samples_per_second"] == pytest.approx(4 / 3)
+
+
+def test_validation_pictures_share_a_shape(teacher, tmp_path):
+    """Four of the shape that most have, whatever comes first; none is enlarged."""
+    write_photos(tmp_path / "mixed" / "tall", 2, (100, 130))
+    write_photos(tmp_path / "mixed" / "wide", 5, (160, 90))
+    write_photos(tmp_path / "mixed" / "tiny", 5, (40, 40))
+    data = replace(teacher.data, validation=tmp_path / "mixed", resolution=96, max_aspect_ratio=2.0)
+    model = PixelDecoderTransformer2DModel(**ARCHITECTURE)
+    batch = load_validation(replace(teacher, data=data), model, load_source(teacher), "cpu")
+    assert batch.names == [f"wide/{n}.png" for n in range(4)] and batch.image.shape == (4, 3, 64, 128)
+    data = replace(data, resolution=192)
+    with pytest.raises(ValueError, match=r"mixed: too small for --data.resolution 192: all 12 pictures; give .* 64,"):
+        load_validation(replace(teacher, data=data), model, load_source(teacher), "cpu")
+
+
+@pytest.mark.parametrize(
+    "change, differs",
+    [
+        (dict(seed=5, encoder="nano"), "seed: 0 -> 5; encoder: 'averaging:encode' -> 'nano'"),
+        (dict(optimizer=Optimizer(learning_rate=2e-3, warmup_steps=1)), "optimizer.learning_rate: 0.001 -> 0.002"),
+        (dict(max_sigma=0.5), "max_sigma: 0.8 -> 0.5"),
+        (dict(batch_size=4), "batch_size: 2 -> 4"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused(teacher, change, differs):
+    """And nothing is touched."""
+    train(replace(teacher, steps=2))
+    before = {path: path.read_bytes() for path in teacher.output.rglob("*") if path.is_file()}
+    for steps in (2, 4):
+        with pytest.raises(TrainingError) as error:
+            train(replace(teacher, steps=steps, **change))
+        assert f"{teacher.output} holds a run with other settings ({differs})" in str(error.value)
+    assert before == {path: path.read_bytes() for path in teacher.output.rglob("*") if path.is_file()}
+
+
+def test_going_on_with_another_stage_is_refused(teacher, student):
+    train(replace(teacher, steps=1))
+    with pytest.raises(TrainingError, match=r"step_00000001 is a teacher's, not a student's"):
+        train(replace(student, output=teacher.output))
+
+
+def test_going_on_says_from_where_and_with_what(teacher, capsys, tmp_path):
+    train(replace(teacher, steps=2))
+    assert "going on" not in capsys.readouterr().err
+    teacher.output.rename(tmp_path / "moved")
+    config = replace(teacher, output=tmp_path / "moved", log_every=3, keep_checkpoints=1)
+    train(config)
+    line = f"{config.output}: going on from step 2 of 4; steps: 2 -> 4; log_every: 1 -> 3; keep_checkpoints: 2 -> 1\n"
+    assert line in capsys.readouterr().err
+    assert read_yaml(config.output / "config.yaml", type(config)()) == config
+    # A finished run is exported by the same command with --export, and its record stays.
+    record = (config.output / "config.yaml").read_bytes()
+    assert train(replace(config, steps=3, export=tmp_path / "exported")).name == "step_00000004"
+    assert "nothing to train at step 4 of 3; export: None -> " in capsys.readouterr().err
+    assert (tmp_path / "exported" / "model_index.json").exists()
+    assert (config.output / "config.yaml").read_bytes() == record
+
+
+def test_another_micro_batch_goes_on_at_the_same_pictures(teacher, tmp_path):
+    whole = weights(train(replace(teacher, output=tmp_path / "whole")))
+    train(replace(teacher, steps=2))
+    parts = weights(train(replace(teacher, micro_batch_size=1)))
+    for name in whole:
+        if name.startswith("/network/"):
+            torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=1e-4)
+
+
+def test_interrupted(teacher, monkeypatch, capsys):
+    sound = loop.TeacherStage.update
+    stops = iter([1, 3])
+
+    def update(stage, batches, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return sound(stage, batches, step)
+
+    monkeypatch.setattr(loop.TeacherStage, "update", update)
+    goes_on = f"stopped: the same command goes on from {teacher.output}/checkpoints/step_00000002\n"
+    for line in ("stopped before the first checkpoint\n", goes_on):
+        stop = next(stops)
+        with pytest.raises(KeyboardInterrupt):
+            train(teacher)
+        assert line in capsys.readouterr().err
+
+
+def test_interrupted_while_it_writes_a_checkpoint(teacher, monkeypatch):
+    """DCP hands on whatever happens in it as an error of its own."""
+
+    def interrupted(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(teacher)
+    assert list((teacher.output / "checkpoints").iterdir()) == []
+
+
+def test_a_log_line_cut_short_by_a_kill(teacher):
+    train(replace(teacher, steps=2))
+    with (teacher.output / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "velo')
+    train(teacher)
+    steps = [json.loads(line)["step"] for line in (teacher.output / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_an_exported_decoder_knows_its_encoder(teacher, tmp_path, capsys):
+    """nano's goes with it; of another it has the name."""
+    train(replace(teacher, steps=1, encoder="nano", export=tmp_path / "nano"))
+    photo = write_photos(tmp_path / "small", 1, (24, 16)) / "0.png"
+    picture = tmp_path / "picture.png"
+    assert main(["upscale", str(photo), str(picture), "--decoder", str(tmp_path / "nano"), "--device", "cpu"]) == 0
+    assert Image.open(picture).size == (96, 64)
+    nano = load_image_encoder("nano")
+    exported = PixelDecoderPipeline.from_pretrained(tmp_path / "nano")
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert exported.config.encoder_name == "nano" and torch.equal(exported.encode_image(image), nano(image))
+    exported.encoder = None  # as in a file of the reference's format, which keeps the name
+    assert torch.equal(image_encoder("auto", exported)(image), nano(image))
+
+    encoder = tmp_path / "encoder"
+    TinyLatentEncoder(channels=8, num_blocks=(0, 0, 0, 1)).save_pretrained(encoder)
+    train(replace(teacher, steps=1, encoder=str(encoder), export=tmp_path / "named", output=tmp_path / "b"))
+    exported = PixelDecoderPipeline.from_pretrained(tmp_path / "named")
+    assert exported.encoder is None and exported.config.encoder_name == str(encoder)
+    assert torch.equal(image_encoder("auto", exported)(image), load_image_encoder(str(encoder))(image))
+    encoder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"was trained with the encoder {encoder}"):
+        image_encoder("auto", exported)
+    # A file must not have modules imported.
+    exported.register_to_config(encoder_name="averaging:encode")
+    with pytest.raises(ValueError, match="give --encoder averaging:encode"):
+        image_encoder("auto", exported)
 
 
 @pytest.mark.parametrize("part", ["backbone", "adapter"])
@@ -297,10 +554,14 @@ def test_repa_s_projector_and_what_its_encoder_sees(tmp_path):
         (dict(encoder="nowhere:encode"), "module:function"),
         (dict(batch_size=3), "batch_size 3: expected a multiple of micro_batch_size x processes, 2 x 1"),
         (dict(data=Data(source="")), "data.source: expected a folder"),
-        (dict(data=Data(source="nowhere")), "data.source nowhere"),
+        (dict(data=Data(source="nowhere/")), "data.source nowhere/: no such folder"),
+        (dict(data=Data(source=__file__)), "test_loop.py: expected a folder, or .tar shards"),
+        (dict(architecture=None, model="docs/none"), "model docs/none: no such folder$"),
+        (dict(architecture=None, model="elsewhere/none"), "^model elsewhere/none: no such folder, and https://hugg"),
     ],
 )
-def test_bad_configuration(teacher, change, message):
+def test_bad_configuration(teacher, change, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if "data" in change:
         change["data"].resolution = 64
     with pytest.raises(ValueError, match=message):
@@ -308,9 +569,28 @@ def test_bad_configuration(teacher, change, message):
 
 
 def test_resolution_that_patches_do_not_divide(teacher):
-    teacher.data.resolution = 72
-    with pytest.raises(ValueError, match="72"):
+    """It is to blame, not the encoder, whose latents do not fit either."""
+    teacher.data.resolution, teacher.encoder = 72, "nano"
+    with pytest.raises(ValueError, match=r"data.resolution 72: expected a multiple of 32, .* for example 64"):
         train(teacher)
+
+
+def test_pictures_that_do_not_fit_in_memory(teacher, monkeypatch):
+    teacher.data.in_memory = True
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=6 * 96 * 96 * 3))
+    with pytest.raises(ValueError, match=r"data.in_memory: 6 pictures take 0.0 GB, .* give --data.no-in-memory"):
+        train(teacher)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=7 * 96 * 96 * 3))
+    train(teacher)
+
+
+def test_what_is_left_out_is_counted_and_named(teacher, capsys):
+    write_photos(Path(teacher.data.source) / "small", 4, (63, 80))
+    (Path(teacher.data.source) / "broken.png").write_bytes(b"no picture")
+    train(replace(teacher, steps=1))
+    assert "5 pictures could not be used: broken.png, small/0.png, small/1.png, ...\n" in capsys.readouterr().err
+    reasons = json.loads((teacher.output / "skipped.json").read_text())
+    assert reasons["small/3.png"] == "63 x 80 px, which is too small for --data.resolution 64" and len(reasons) == 5
 
 
 def test_encoder_of_another_latent_space(teacher, tmp_path):

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from pixeldecoder.training.config import Run, write_yaml
+from pixeldecoder.training.config import FREE, Run, changes, load_yaml, to_dict, write_yaml
 from pixeldecoder.training.parts import Average, Part, TrainingError
 
 PARTIAL = ".partial"
@@ -29,17 +29,48 @@ class Checkpoints:
     There is no other state: learning rates and random numbers follow from the step and the samples' numbers.
     """
 
-    def __init__(self, config: Run, architecture: dict[str, Any]):
+    def __init__(self, config: Run):
         self.config = config
-        self.architecture = json.loads(json.dumps({k: v for k, v in architecture.items() if k[:1] != "_"}))
+        self.stage = type(config).__name__.lower()
         self.folder = config.output / "checkpoints"
 
     def existing(self) -> list[Path]:
         """Complete ones, oldest first."""
         return sorted(path for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
 
-    def save(self, parts: dict[str, Part], average: Average, step: int, position: int, seconds: float) -> Path:
+    def changes(self) -> list[str]:
+        """What this run sets otherwise than the newest checkpoint's, of what it may; needs no network.
+
+        Raises:
+            TrainingError: the checkpoint is of another stage, or was made with settings that must stay.
+        """
+        if not (existing := self.existing()):
+            return []
+        stage = json.loads((existing[-1] / "progress.json").read_text()).get("stage")
+        if stage != self.stage:
+            raise TrainingError(f"{existing[-1]} is a {stage}'s, not a {self.stage}'s: give another output folder")
+        differing = changes(load_yaml(existing[-1] / "config.yaml"), to_dict(self.config))
+        if fixed := [f"{name}: {change}" for name, change in differing.items() if name not in FREE]:
+            raise TrainingError(
+                f"{self.config.output} holds a run with other settings ({'; '.join(fixed)}): give those again to go on "
+                "with it, or another output folder"
+            )
+        return [f"{name}: {change}" for name, change in differing.items() if name not in ("output", "architecture")]
+
+    def save(
+        self,
+        parts: dict[str, Part],
+        average: Average,
+        architecture: dict[str, Any],
+        step: int,
+        position: int,
+        samples: int,
+    ) -> Path:
         """Write, rename, and delete the oldest.
+
+        Args:
+            architecture: arguments of the network.
+            position: of the data, in batches of so many `samples`.
 
         Raises:
             TrainingError: it could not be written, for example on a full disk; older ones are kept.
@@ -54,7 +85,13 @@ class Checkpoints:
             dcp.save(self._state(parts, average), checkpoint_id=partial, no_dist=not dist.is_initialized())
             if is_main():
                 write_yaml(self.config, partial / "config.yaml")
-                progress = {"step": step, "position": position, "seconds": seconds, "architecture": self.architecture}
+                progress = {
+                    "stage": self.stage,
+                    "step": step,
+                    "position": position,
+                    "samples": samples,
+                    "architecture": _plain(architecture),
+                }
                 (partial / "progress.json").write_text(json.dumps(progress, indent=1))
                 for file in partial.rglob("*"):
                     with file.open("rb") as opened:
@@ -67,20 +104,26 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:  # DCP wraps what went wrong in a class that is no Exception
             if is_main():
                 shutil.rmtree(partial, ignore_errors=True)
+            _pass_on_interrupt(error)
             raise TrainingError(f"could not write {target}: {_reason(error)}") from error
         return target
 
-    def load(self, parts: dict[str, Part], average: Average) -> dict[str, Any]:
-        """The newest one into `parts` and `average`; its step, data position and seconds, zeros if there is none.
+    def load(
+        self, parts: dict[str, Part], average: Average, architecture: dict[str, Any], samples: int
+    ) -> tuple[int, int]:
+        """The newest one into `parts` and `average`.
+
+        Returns:
+            Its step, and the position of the data in batches of so many `samples`; zeros if there is none.
 
         Raises:
             TrainingError: it is of another architecture.
         """
         if not (existing := self.existing()):
-            return {"step": 0, "position": 0, "seconds": 0.0}
+            return 0, 0
         progress = json.loads((existing[-1] / "progress.json").read_text())
-        if progress["architecture"] != self.architecture:
-            names = [k for k in self.architecture if self.architecture[k] != progress["architecture"].get(k)]
+        if progress["architecture"] != (architecture := _plain(architecture)):
+            names = [k for k in architecture if architecture[k] != progress["architecture"].get(k)]
             raise TrainingError(
                 f"{existing[-1]} is of another architecture (other {', '.join(names)}): give another output folder, "
                 "or the model that it was made with"
@@ -89,6 +132,7 @@ class Checkpoints:
         try:
             dcp.load(state, checkpoint_id=existing[-1], no_dist=not dist.is_initialized())
         except (Exception, CheckpointException) as error:
+            _pass_on_interrupt(error)
             raise TrainingError(
                 f"{existing[-1]} does not fit this run ({_reason(error)}): another stage, LoRA or "
                 "trained part? Give another output folder"
@@ -100,13 +144,25 @@ class Checkpoints:
                 model_state_dict=state[name],
                 optim_state_dict=state[f"{name}.optimizer"],
             )
-        return progress
+        return progress["step"], -(-progress["position"] * progress["samples"] // samples)
 
     def _state(self, parts: dict[str, Part], average: Average) -> dict[str, Any]:
         state: dict[str, Any] = {"average": average.values}  # loaded in place
         for name, part in parts.items():
             state[name], state[f"{name}.optimizer"] = get_state_dict(part.module, part.optimizer)
         return state
+
+
+def _plain(architecture: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps({k: v for k, v in architecture.items() if k[:1] != "_"}))
+
+
+def _pass_on_interrupt(error: BaseException) -> None:
+    """DCP wraps Ctrl-C, too."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    if any(isinstance(failure, KeyboardInterrupt) for failure, _ in failures):
+        raise KeyboardInterrupt from None
 
 
 def _reason(error: BaseException) -> str:

@@ -3,13 +3,44 @@
 The defaults are the paper's settings (method: Training); the recipes below name what else differs.
 """
 
+import importlib.util
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pixeldecoder.latents import SPACES, Frame
-from pixeldecoder.text import TEXT_ENCODER
+from pixeldecoder.presets import TEXT_ENCODER
+
+if TYPE_CHECKING:
+    from pixeldecoder.latents import Frame
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of a setting's numbers; "(" or ")" leaves that end out, so that without an upper end they are finite."""
+
+    low: float
+    high: float = math.inf
+    ends: str = "[)"
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float):
+            return False
+        above = self.low <= value if self.ends[0] == "[" else self.low < value
+        return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
+
+    def __str__(self) -> str:
+        low = f"{'at least' if self.ends[0] == '[' else 'more than'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'at most' if self.ends[1] == ']' else 'less than'} {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+Amount = Annotated[int, Range(0)]
+Weight = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1, "[]")]
 
 
 @dataclass(kw_only=True)
@@ -20,15 +51,15 @@ class Data:
     """A folder of images, or WebDataset shards (`data-{0000..0041}.tar`, also URLs)."""
     captions: Path | None = None
     """CSV or JSONL with `file_name` and `text`; without it, `.txt` files beside the images of a folder."""
-    resolution: int = 2048
-    """Pictures have about resolution^2 pixels, in buckets by aspect ratio."""
-    max_aspect_ratio: float = 2.0
+    resolution: Count = 2048
+    """Pictures are shrunk to about resolution^2 pixels, in buckets by aspect ratio; smaller ones are left out."""
+    max_aspect_ratio: Annotated[float, Range(1)] = 2.0
     """Of the buckets; 1: squares only."""
     in_memory: bool = False
-    """Keep a small folder on the device and crop squares there, at full resolution."""
+    """Keep a small folder on the device and crop squares there, at full resolution, without shrinking."""
     validation: Path | None = None
-    """Folder whose first four pictures are decoded now and then; by default the first four that are trained on."""
-    workers: int = 4
+    """Folder of which four pictures are decoded now and then; by default four that are trained on."""
+    workers: Count = 4
     """Threads that decode pictures."""
 
 
@@ -36,12 +67,15 @@ class Data:
 class Optimizer:
     """AdamW."""
 
-    learning_rate: float = 2e-5
-    weight_decay: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup_steps: int = 2000
+    learning_rate: Weight = 2e-5
+    """After the warm-up."""
+    weight_decay: Weight = 1e-3
+    """Decoupled from the gradient."""
+    betas: Annotated[tuple[float, float], Range(0, 1)] = (0.9, 0.999)
+    """Decay of the averages of the gradient and of its square."""
+    warmup_steps: Amount = 2000
     """Of a linear warm-up, counted in updates of what is trained; constant after it."""
-    max_grad_norm: float | None = 0.1
+    max_grad_norm: Annotated[float | None, Range(0, ends="()")] = 0.1
     """Longer gradients are cut to it; None: as they are."""
 
 
@@ -49,7 +83,7 @@ class Optimizer:
 class Lora:
     """Train low-rank updates instead of the network."""
 
-    rank: int = 0
+    rank: Amount = 0
     """0: no LoRA."""
     part: Literal["backbone", "adapter"] = "backbone"
     """Patch and pixel blocks, or the sigma-aware adapter."""
@@ -60,6 +94,7 @@ class Run:
     """What every stage has."""
 
     data: Data = field(default_factory=Data)
+    """What to learn from."""
     model: str = ""
     """What to start from: a diffusers folder, "nano", a checkpoint file, a Hub id or a released name."""
     architecture: Path | None = None
@@ -68,31 +103,43 @@ class Run:
     output: Path = Path("outputs/training")
     """Folder of checkpoints, logs and pictures. If it holds a checkpoint, the run goes on from there."""
     export: Path | None = None
-    """Folder for the pipeline (averaged weights) at the end."""
-    steps: int = 20_000
-    batch_size: int = 128
+    """Folder for the pipeline (averaged weights) at the end, also of a run that is finished already."""
+    steps: Count = 20_000
+    """Updates of the whole run."""
+    batch_size: Count = 128
     """Samples to a step, over all processes and accumulation."""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Samples to a forward pass of one process; the rest is accumulated."""
     optimizer: Optimizer = field(default_factory=Optimizer)
-    ema_decay: float = 0.9999
+    """Of the network."""
+    ema_decay: Share = 0.9999
+    """Of the averaged weights, which are validated and exported."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation; the trained weights are float32."""
     gradient_checkpointing: bool = True
+    """Compute a block's activations again in the backward pass: slower, in less memory."""
     compile: bool = False
     """torch.compile the repeated blocks."""
     fsdp: bool = False
     """Shard networks, gradients and optimizers over the processes (FSDP2); otherwise DDP."""
     lora: Lora = field(default_factory=Lora)
+    """Train low-rank updates instead of the network."""
     text_encoder: str = TEXT_ENCODER
     """Gemma-2, for a network that reads captions."""
     device: Literal["auto", "cpu"] = "auto"
-    seed: int = 0
-    log_every: int = 10
-    validate_every: int = 1000
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
+    """"auto": the fastest there is."""
+    seed: Annotated[int, Range(0, 2**63)] = 0
+    """Of fresh weights, order, crops and all noise."""
+    log_every: Count = 10
+    """Steps between the lines of log.jsonl, which are means over them."""
+    validate_every: Amount = 1000
+    """Steps between decodes of the validation pictures; 0: never."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints; the last step has one, too."""
+    keep_checkpoints: Count = 2
+    """The newest so many; older ones are deleted."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where charts go, beside log.jsonl."""
 
 
 @dataclass(kw_only=True)
@@ -104,13 +151,16 @@ class Conditioned(Run):
     latent_space: Literal["flux", "flux2", "sd3", "sdxl", "qwenimage", "dinov2", "siglip"] | None = None
     """Whose latents they are, if it is one of these: tells how they are noised (otherwise as flow models do), and is
     exported with the decoder."""
-    noise_probability: float = 0.75
+    noise_probability: Share = 0.75
     """Share of the samples whose latents are noised, to sigma ~ U(0, max_sigma)."""
-    max_sigma: float = 0.8
+    max_sigma: Share = 0.8
+    """The largest noise level of the latents."""
 
     @property
-    def frame(self) -> Frame:
+    def frame(self) -> "Frame":
         """How latents are noised."""
+        from pixeldecoder.latents import SPACES
+
         return SPACES[self.latent_space].frame if self.latent_space else "flow"
 
 
@@ -118,56 +168,71 @@ class Conditioned(Run):
 class Prior(Run):
     """Text to image, without latents: flow matching, optionally REPA."""
 
-    caption_dropout: float = 0.1
-    repa_weight: float = 0.0
+    caption_dropout: Share = 0.1
+    """Share of the samples that are trained without their caption."""
+    repa_weight: Weight = 0.0
     """0.5 in the paper; needs repa_encoder."""
     repa_encoder: str = "facebook/dinov2-base"
     """Through transformers."""
-    repa_block: int = 6
+    repa_block: Amount = 6
+    """Patch block, from 0, whose tokens are aligned."""
 
 
 @dataclass(kw_only=True)
 class Teacher(Conditioned):
     """A decoder in many steps: flow matching given noisy latents."""
 
-    steps: int = 30_000
-    batch_size: int = 64
+    steps: Count = 30_000
+    """Updates of the whole run."""
+    batch_size: Count = 64
+    """Samples to a step, over all processes and accumulation."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=5e-5))
+    """Of the network."""
     train: Literal["adapter", "all"] = "adapter"
     """The adapter alone (as v1.5), or everything."""
-    aux_rgb_weight: float = 0.8
+    aux_rgb_weight: Weight = 0.8
     """Of the auxiliary RGB loss, for a network with that head."""
-    caption_dropout: float = 0.1
-    latent_dropout: float = 0.1
+    caption_dropout: Share = 0.1
+    """Share of the samples that are trained without their caption."""
+    latent_dropout: Share = 0.1
+    """Share of the samples that are trained without their latents."""
 
 
 @dataclass(kw_only=True)
 class Student(Conditioned):
     """DMD2: the teacher in 4 steps."""
 
-    steps: int = 3000
-    batch_size: int = 16
+    steps: Count = 3000
+    """Updates of the whole run, the student's and the critics' together."""
+    batch_size: Count = 16
+    """Samples to a step, over all processes and accumulation."""
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(learning_rate=1e-5, weight_decay=0.0, warmup_steps=100)
     )
+    """Of the student."""
     fake_score_optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, warmup_steps=0))
+    """Of the fake score."""
     discriminator_optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(learning_rate=1e-5, weight_decay=0.0, warmup_steps=0, max_grad_norm=None)
     )
-    student_every: int = 6
+    """Of the discriminator."""
+    student_every: Count = 6
     """Every so many updates one is the student's, the others the critics'."""
-    guidance_scale: float = 3.0
+    guidance_scale: Weight = 3.0
     """Of the teacher, on text alone."""
     negative_prompt: str = ""
     """The text of the teacher's unconditional pass; the released students' is `presets.RELEASED_NEGATIVE_PROMPT`."""
     student_input: Literal["noised", "rollout"] = "noised"
     """A real image noised to a student time, or the student's own sample up to a random step."""
-    gan_weight: float = 0.05
-    gan_warmup_steps: int = 100
+    gan_weight: Weight = 0.05
+    """Of the student's adversarial term."""
+    gan_warmup_steps: Amount = 100
     """Until the student's adversarial term has its full weight, counted in updates of all."""
-    r1_weight: float = 200.0
-    r1_noise: float = 0.1
-    feature_blocks: tuple[int, ...] = (7,)
+    r1_weight: Weight = 200.0
+    """Of the discriminator's approximate R1 penalty."""
+    r1_noise: Weight = 0.1
+    """Standard deviation of the noise by which that perturbs real images."""
+    feature_blocks: Annotated[tuple[int, ...], Range(0)] = (7,)
     """Patch blocks of the teacher, from 0, that the discriminator reads."""
     teacher_memory: Literal["full", "int8", "offload"] = "full"
     """int8: quantised weights; offload: its weights stay in the CPU's memory (FSDP2)."""
@@ -225,25 +290,100 @@ RECIPES: dict[str, dict[str, Callable[[], Run]]] = {
 }
 
 
+FREE = {
+    "architecture",  # what is in the file must stay, which a checkpoint knows
+    "output", "export", "steps", "micro_batch_size", "gradient_checkpointing", "compile", "fsdp", "device", "tracker",
+    "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "data.validation", "data.workers",
+}  # fmt: skip
+"""Settings that a run may change when it goes on: they do not decide what it learns."""
+
+
+def check(config: Run) -> None:
+    """Whether a run can be had with these settings, before anything is loaded or made.
+
+    Raises:
+        ValueError: a number out of its bounds, or a package that is not installed.
+    """
+    _check_bounds(config)
+    require("pydantic", "yaml", "matplotlib")
+    if config.tracker == "tensorboard":
+        require("tensorboard")
+    elif config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("tracker wandb: pip install wandb")
+    if config.lora.rank:
+        require("peft")
+    if ".tar" in config.data.source:
+        require("webdataset", "braceexpand")
+
+
+def _check_bounds(config: Any, prefix: str = "") -> None:
+    hints = get_type_hints(type(config), include_extras=True)
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            _check_bounds(value, f"{prefix}{name}.")
+        for bounds in getattr(hints[name], "__metadata__", ()):
+            for number in value if isinstance(value, tuple | list) else (value,):
+                if number is not None and number not in bounds:
+                    raise ValueError(f"{prefix}{name} {number}: expected {bounds}")
+
+
+def require(*modules: str) -> None:
+    """Raises ValueError, which says how to install them, where modules of the training's extra are missing."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"training needs {' and '.join(missing)}: pip install 'pixeldecoder[train]'")
+
+
 def read_yaml(path: Path, default: Run) -> Run:
     """`default` with what the file sets.
 
     Raises:
-        ValueError: a key that does not exist or a value of another type; the message names it.
+        ValueError: no such file, a key that does not exist or a value of another type; the message names it.
     """
-    import yaml
+    require("pydantic", "yaml")
     from pydantic import ValidationError
 
     try:
-        found = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: expected keys and values, got {type(found).__name__}")
-        return _adapter(type(default)).validate_python(_merged(to_dict(default), found))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}") from None
+        return _adapter(type(default)).validate_python(_merged(to_dict(default), load_yaml(path)))
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
         raise ValueError(f"{path}: {'; '.join(lines)}") from None
+
+
+def load_yaml(path: Path) -> dict:
+    """Raises ValueError for what is no file, no YAML or no mapping."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {str(error)[:300]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected keys and values, got {type(found).__name__}")
+    return found
+
+
+def changes(old: dict, new: dict) -> dict[str, str]:
+    """By the name of each setting that differs between `to_dict`s (of those that `old` has): "old -> new"."""
+    before, after = _flat(old), _flat(new)
+    return {
+        name: f"{_short(before[name])} -> {_short(value)}"
+        for name, value in after.items()
+        if before.get(name, value) != value
+    }
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def to_dict(config: Run) -> dict:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -84,14 +84,19 @@ class SampleRandom:
 
 @dataclass
 class Skipped:
-    """Pictures that could not be read, each named once."""
+    """Pictures that cannot be used, and why; the first are told at once, all are counted."""
 
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, error: Exception) -> None:
+    def add(self, name: str, error: Exception | str) -> None:
         if name not in self.reasons:
             self.reasons[name] = str(error) or type(error).__name__
-            logger.warning(f"skipped {name} ({len(self.reasons)} so far): {self.reasons[name]}")
+            if len(self.reasons) <= 3:
+                logger.warning(f"skipped {name}: {self.reasons[name]}")
+
+    def __str__(self) -> str:
+        names = ", ".join(list(self.reasons)[:3]) + (", ..." if len(self.reasons) > 3 else "")
+        return f"{len(self.reasons)} pictures could not be used: {names}"
 
 
 class Folder:
@@ -103,10 +108,13 @@ class Folder:
             pictures that it does not name are left out.
 
     Raises:
-        ValueError: no usable picture.
+        ValueError: no such folder, or no usable picture in it.
     """
 
     def __init__(self, folder: Path, captions: Path | None = None):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        self.folder = folder
         self.skipped = Skipped()
         known = None if captions is None else _read_captions(captions)
         self.items: list[Record] = []
@@ -127,8 +135,38 @@ class Folder:
             raise ValueError(
                 f"{folder}: no usable picture: expected {', '.join(SUFFIXES)}"
                 + (f" named in {captions}" if captions else "")
-                + (f"; unreadable: {', '.join(self.skipped.reasons)}" if self.skipped.reasons else "")
+                + (f"; {self.skipped}" if self.skipped.reasons else "")
             )
+
+    def require(self, sizes: list[tuple[int, int]], multiple: int = 1) -> None:
+        """Leave out what is smaller than every one of the crops, as if it were not there.
+
+        Args:
+            sizes: widths and heights of the crops, the square among them.
+            multiple: of the sides of other crops, for what the error suggests.
+
+        Raises:
+            ValueError: nothing is left; the message names a resolution at which half of the pictures can be used.
+        """
+        resolution = _square(sizes)
+        small = [record for record in self.items if bucket(record.size, sizes) is None]
+        if len(small) == len(self.items):
+            median = sorted(min(record.size) for record in small)[len(small) // 2]
+            best = median // multiple * multiple
+            raise ValueError(
+                f"{self.folder}: too small for --data.resolution {resolution}: all {len(small)} pictures; "
+                + (
+                    f"give --data.resolution {best}, which suits half of them or more"
+                    if best
+                    else "larger ones are needed"
+                )
+            )
+        if small:
+            reasons = {record.name: _too_small(record.size, resolution) for record in small}
+            self.skipped.reasons |= reasons
+            name, reason = next(iter(reasons.items()))
+            logger.warning(f"left out {len(small)} of {len(self.items)} pictures, such as {name}: {reason}")
+            self.items = [record for record in self.items if record.name not in reasons]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -153,6 +191,11 @@ class Shards:
 
         self.urls = list(braceexpand.braceexpand(pattern))
         self.skipped = Skipped()
+        self.sizes: list[tuple[int, int]] = []
+
+    def require(self, sizes: list[tuple[int, int]], multiple: int = 1) -> None:
+        """As `Folder.require`, but found out as the shards are read."""
+        self.sizes = sizes
 
     def __len__(self) -> int:
         return 1000 * len(self.urls)  # unknown; only decides when to give up on a set without a usable picture
@@ -186,6 +229,8 @@ class Shards:
                 if data is None:
                     raise ValueError(f"no image among {sorted(k for k in sample if k[0] != '_')}")
                 size = Image.open(io.BytesIO(data)).size
+                if self.sizes and bucket(size, self.sizes) is None:
+                    raise ValueError(_too_small(size, _square(self.sizes)))
                 caption = sample["txt"].decode() if "txt" in sample else json.loads(sample.get("json", b"{}"))
             except UNREADABLE as error:
                 self.skipped.add(name, error)
@@ -194,7 +239,16 @@ class Shards:
             empty = False
             yield Record(name, caption.strip(), size, lambda data=data: Image.open(io.BytesIO(data)))  # type: ignore[misc]
         if empty:
-            raise ValueError(f"{', '.join(self.urls)[:200]}: no usable picture in these shards")
+            reason = next(iter(self.skipped.reasons.values()), "they are empty")
+            raise ValueError(f"{', '.join(self.urls)[:200]}: no usable picture in these shards: {reason[:200]}")
+
+
+def _square(sizes: list[tuple[int, int]]) -> int:
+    return next((width for width, height in sizes if width == height), sizes[0][0])
+
+
+def _too_small(size: tuple[int, int], resolution: int) -> str:
+    return f"{size[0]} x {size[1]} px, which is too small for --data.resolution {resolution}"
 
 
 def _read_captions(path: Path) -> dict[str, str]:
@@ -202,8 +256,16 @@ def _read_captions(path: Path) -> dict[str, str]:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line]
         return {row["file_name"]: row["text"] for row in rows}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: expected "file_name" and "text" in every row: {error!r}') from None
+
+
+def side_multiple(network: Any) -> int:
+    """What the sides of pictures are multiples of, by the configuration of a network: patches and latent cells."""
+    cell = network.scale * network.latent_downscale_factor if network.latent_channels else 1
+    return math.lcm(network.patch_size, cell)
 
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float) -> list[tuple[int, int]]:
@@ -214,7 +276,7 @@ def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float) -> lis
     """
     if resolution % multiple or resolution <= 0:
         raise ValueError(
-            f"resolution {resolution}: expected a multiple of {multiple}, which patches and latent cells divide: "
+            f"data.resolution {resolution}: expected a multiple of {multiple}, which patches and latent cells divide: "
             f"for example {max(1, round(resolution / multiple)) * multiple}"
         )
     sizes = {(resolution, resolution)}
@@ -223,6 +285,13 @@ def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float) -> lis
         if max(width / height, height / width) <= max_aspect_ratio:
             sizes |= {(width, height), (height, width)}
     return sorted(sizes)
+
+
+def bucket(size: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """Of the crops that a picture of this width and height covers, the one next in shape: nothing is enlarged."""
+    shape = math.log(size[0] / size[1])
+    covered = (crop for crop in sizes if crop[0] <= size[0] and crop[1] <= size[1])
+    return min(covered, key=lambda crop: abs(math.log(crop[0] / crop[1]) - shape), default=None)
 
 
 def batches(
@@ -236,9 +305,9 @@ def batches(
     start: int = 0,
     workers: int = 4,
 ) -> Iterator[Batch]:
-    """Endless batches of one process; pictures are resized to cover the bucket next to their shape, then cropped.
+    """Endless batches of one process; pictures are shrunk to cover the bucket next to their shape, then cropped.
 
-    A picture that cannot be decoded is replaced by another one of the same step.
+    A picture that cannot be decoded is replaced by another one of the same step; too small ones are left out.
 
     Args:
         sizes: widths and heights of the buckets.
@@ -246,8 +315,9 @@ def batches(
         start: `position` of the last batch of the run that goes on.
 
     Raises:
-        ValueError: nothing could be decoded.
+        ValueError: nothing could be decoded, or all is too small.
     """
+    source.require(sizes)
     total = batch_size * world_size
     steps = islice(enumerate(_plan(source.records(seed), sizes, total)), start, None)
 
@@ -293,15 +363,15 @@ def _plan(
     """The bucket and the pictures of each step; a bucket's turn comes when it is full."""
     waiting: dict[tuple[int, int], list[Record]] = defaultdict(list)
     for record in records:
-        shape = math.log(record.size[0] / record.size[1])
-        bucket = min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
-        waiting[bucket].append(record)
-        if len(waiting[bucket]) == total:
-            yield bucket, waiting.pop(bucket)
+        size = bucket(record.size, sizes)
+        assert size is not None  # which the source has made sure of
+        waiting[size].append(record)
+        if len(waiting[size]) == total:
+            yield size, waiting.pop(size)
 
 
 def crop(record: Record, size: tuple[int, int], rng: random.Random) -> torch.Tensor:
-    """(3, H, W) uint8."""
+    """(3, H, W) uint8, of a picture that covers the size, shrunk as far as it still does."""
     with record.open() as opened:
         image = opened.convert("RGB")
     factor = max(size[0] / image.width, size[1] / image.height)
@@ -330,18 +400,19 @@ def batches_in_memory(
     Raises:
         ValueError: nothing could be decoded, or all is smaller than `size`.
     """
+    source.require([(size, size)])
     images, items = [], []
     for record in source.items:
         try:
-            if min(record.size) < size:
-                raise ValueError(f"{record.size[0]} x {record.size[1]} pixels: smaller than the crop of {size}")
             with record.open() as opened:
                 images.append(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).to(device))
             items.append(record)
         except UNREADABLE as error:
             source.skipped.add(record.name, error)
     if not images:
-        raise ValueError(f"no usable picture of at least {size} px, among them {', '.join(source.skipped.reasons)}")
+        raise ValueError(
+            f"no usable picture of at least {size} px, among them {', '.join(list(source.skipped.reasons)[:3])}"
+        )
     area = torch.tensor([image[0].numel() for image in images], dtype=torch.float64).cumsum(0)
     for step in count(start):
         samples = [(step * world_size + rank) * batch_size + slot for slot in range(batch_size)]

@@ -10,7 +10,7 @@ from pixeldecoder.latents import add_noise, load_image_encoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.text import PromptEncoder
 from pixeldecoder.training.config import Conditioned, Run, Student
-from pixeldecoder.training.data import Batch, SampleRandom
+from pixeldecoder.training.data import Batch, SampleRandom, bucket_sizes, side_multiple
 
 
 class Condition(NamedTuple):
@@ -53,6 +53,7 @@ class Conditions:
 
     def __init__(self, config: Run, network: PixelDecoderTransformer2DModel, device: torch.device):
         self.run, self.network, self.encoder, self.text = config, network.config, None, None
+        bucket_sizes(config.data.resolution, side_multiple(self.network), 1.0)  # before an encoder is blamed for it
         if self.network.latent_channels is not None:
             if not isinstance(config, Conditioned):
                 raise ValueError("a prior takes no latents, but this network does: train it as a teacher")

@@ -69,7 +69,7 @@ class StudentStage:
         if config.teacher_memory == "offload" or config.fsdp:
             return shard(teacher, config, device, offload=config.teacher_memory == "offload")
         if config.precision == "bfloat16":
-            teacher.to(torch.bfloat16)
+            torch.nn.Module.to(teacher, torch.bfloat16)  # diffusers' own warns of float32 modules where there are none
         if config.teacher_memory == "int8":
             for layer in teacher.modules():
                 if isinstance(layer, torch.nn.Linear):
