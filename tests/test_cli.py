@@ -761,6 +761,8 @@ def test_options_of_convert(tmp_path, monkeypatch, capsys):
     config = json.loads(Path("folder/transformer/config.json").read_text())
     expected = dict(rope_reference_size=1024, adapter_padding_mode="zeros", latent_downscale_factor=16, scale=4)
     assert config | expected | dict(latent_channels=16, unpack_latents=False) == config
+    readable = Path("folder/model_index.json").stat().st_mode
+    assert Path("folder/transformer/diffusion_pytorch_model.safetensors").stat().st_mode == readable
     before = {path: path.read_bytes() for path in Path("folder").rglob("*.*")}
     assert main(["convert", "model.pth", "folder", "--preset", preset]) == 2
     assert "folder exists: give a new folder" in capsys.readouterr().err

@@ -45,9 +45,14 @@ def test_mode_is_what_the_umask_says(umask):
     try:
         files.write_whole(Path("z.safetensors"), lambda path: save_file({"latents": torch.zeros(1)}, path))
         files.write_whole(Path("a.json"), lambda path: path.write_text("{}"))
+        Path("folder/deep").mkdir(parents=True, mode=0o755)
+        save_file({"x": torch.zeros(1)}, "folder/deep/weights.safetensors")  # for its owner alone, as libraries have it
+        files.usual_mode(Path("folder"))
     finally:
         os.umask(before)
-    assert [Path(name).stat().st_mode & 0o777 for name in ("z.safetensors", "a.json")] == [0o666 & ~umask] * 2
+    names = ("z.safetensors", "a.json", "folder/deep/weights.safetensors")
+    assert [Path(name).stat().st_mode & 0o777 for name in names] == [0o666 & ~umask] * 3
+    assert os.listdir("folder") == ["deep"]
 
 
 def test_jpeg_of_quality_95():

@@ -532,7 +532,7 @@ class Convert:
     """Whether it unpacks latents of 2 x 2 cells, as v1.5's for FLUX.2 do."""
 
     def run(self) -> None:
-        from pixeldecoder.files import check_target, check_writable
+        from pixeldecoder.files import check_target, check_writable, usual_mode
 
         if not self.source.exists():
             raise ValueError(f"{self.source}: no such file or folder")
@@ -558,6 +558,7 @@ class Convert:
             temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
             try:
                 pipeline.save_pretrained(temporary)
+                usual_mode(temporary)
                 temporary.replace(self.output)
             finally:
                 if temporary.exists():

@@ -221,6 +221,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def usual_mode(folder: Path) -> None:
+    """Give a folder's .safetensors files, which are left to their owner alone, the mode that the umask says."""
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
 class Naming:
     """Puts the name of a file or an option before an error about it."""
 

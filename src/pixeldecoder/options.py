@@ -30,7 +30,6 @@ def parse(kind: type[Options], args: list[str], prog: str, default: Options | No
                 args=args,
                 prog=prog,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.DisallowNone,),
                 registry=_REGISTRY,
             )
     except SystemExit as end:
@@ -74,7 +73,7 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
             default = tyro.MISSING_NONPROP if field.default is dataclasses.MISSING else field.default
         hint: Any = hints[field.name]
         if default is None or default in ("", (), {}):
-            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
+            hint = Annotated[hint, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
         fields.append(StructFieldSpec(field.name, hint, default, texts.get(field.name)))
     own = inspect.get_annotations(info.type)
     fields.sort(key=lambda field: (field.default is not tyro.MISSING_NONPROP, field.name not in own))
