@@ -171,6 +171,7 @@ def test_what_will_be_fetched_is_said_before(tmp_path, monkeypatch, caplog):
         order.append(len(caplog.records))
         return load(tmp_path / "gemma")
 
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: str(tmp_path))
     monkeypatch.setattr("pixeldecoder.text.AutoTokenizer.from_pretrained", from_hub)
     monkeypatch.setattr(
         "pixeldecoder.text.AutoModel.from_pretrained",

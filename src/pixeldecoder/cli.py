@@ -1,9 +1,16 @@
 """Files in, files out: the `pixeldecoder` command."""
 
 import argparse
+import difflib
+import inspect
+import json
+import logging
+import math
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,58 +18,83 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from pixeldecoder import __version__
+from pixeldecoder.options import parse
+from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name, is_hub_id
+
 if TYPE_CHECKING:
     import torch
 
     from pixeldecoder.pipeline import PixelDecoderPipeline
 
 
-Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+def word(name: str) -> Any:
+    """What help calls an argument's value."""
+    return tyro.conf.arg(metavar=name)
+
+
+Source = Annotated[Path, tyro.conf.Positional, word("SOURCE")]
+Output = Annotated[Path, tyro.conf.Positional, word("OUTPUT")]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(kw_only=True)
 class Execution:
     """Where a decoder runs, and how."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """"auto": the fastest there is."""
+    device: Device = "auto"
+    """Where it runs; "auto": the fastest there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights. "auto": bfloat16, but float32 on a CPU that has no instructions for it."""
+    """Of the weights; "auto": bfloat16, but float32 on a CPU that has no instructions for it."""
     seed: int = 0
-    """The same seed gives the same image."""
-    tile: str = "auto"
-    """Side in pixels of the tiles that a large image is decoded in, on one canvas of noise; "none": whole. "auto":
-    tiles for what is larger than the decoder was trained on, or than the memory allows."""
-    tile_overlap: int | None = None
-    """Pixels that neighbouring tiles share; by default 64."""
-    chunk: int | None = None
+    """Of all noise: the same seed gives the same image."""
+    tile: Annotated[str, word("PIXELS")] = "auto"
+    """Side of the tiles that a large image is decoded in, on one canvas of noise; "none": whole; "auto": tiles for
+    what is larger than the decoder was trained on, or than the memory allows."""
+    tile_overlap: Annotated[int | None, word("PIXELS")] = None
+    """What neighbouring tiles share; by default 64."""
+    chunk: Annotated[int | None, word("PATCHES")] = None
     """Patches at a time, apart from attention; by default what suits device and memory."""
-    max_memory: str | None = None
+    max_memory: Annotated[str | None, word("SIZE")] = None
     """Such as 6GB: of the process on a CPU, else of the device; by default what is free."""
     quantize: Literal["none", "int8", "float8", "float8-storage"] = "none"
-    """Of the weights of the large matrix products: see docs/performance.md."""
-    attention: str = "auto"
-    """Kernel, by diffusers' name ("flash", "sage", "_native_cudnn"...). "auto": what suits the device."""
+    """Of the weights of the large matrix products: int8 on any device, float8 on NVIDIA GPUs from compute capability
+    8.9 on (both by torchao), float8-storage to save memory alone."""
+    attention: Annotated[str, word("KERNEL")] = "auto"
+    """By diffusers' name ("flash", "sage", "_native_cudnn"...); "auto": what suits the device."""
     compile: bool = False
     """Let torch.compile fuse the blocks: minutes at first (kept in $PIXELDECODER_CACHE), faster from then on."""
 
-    def load_decoder(self, name: str, place: bool = True) -> "PixelDecoderPipeline":
-        """`place`: move it to the device, or arrange that its blocks take turns there."""
-        import logging
+    def check(self) -> None:
+        """Raises ValueError for what can be seen to be wrong before anything is imported or loaded."""
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed}: expected a whole number from 0 to 2^63 - 1")
+        if self.tile not in ("auto", "none") and not self.tile.isdecimal():
+            raise ValueError(f'--tile {self.tile}: expected "auto", "none" or a side in pixels')
+        if self.tile_overlap is not None and self.tile_overlap < 0:
+            raise ValueError(f"--tile-overlap {self.tile_overlap}: expected 0 pixels or more")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"--chunk {self.chunk}: expected a chunk size of at least 1 patch")
+        if self.max_memory is not None:
+            check_memory(self.max_memory)
 
+    def load_decoder(self, name: str, place: bool = True, loras: Sequence[str] = ()) -> "PixelDecoderPipeline":
+        """`place`: move it to the device, or arrange that its blocks take turns there."""
+        import torch
+
+        from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
         from pixeldecoder.performance import compile_blocks, quantize, set_attention
         from pixeldecoder.pipeline import PixelDecoderPipeline
         from pixeldecoder.plan import must_offload
 
-        self.layout_kwargs()  # complain before loading
-        device = self.torch_device()
-        pipeline = PixelDecoderPipeline.from_pretrained(name, dtype=self.torch_dtype(device))
+        device = torch_device(self.device)
+        with blaming(f"{name} could not be loaded"):
+            pipeline = PixelDecoderPipeline.from_pretrained(name, dtype=self.torch_dtype(device))
+        if not isinstance(pipeline.transformer, PixelDecoderTransformer2DModel):
+            raise ValueError(f"{name}: expected a decoder, got a pipeline with {type(pipeline.transformer).__name__}")
         pipeline.set_progress_bar_config(desc="steps", leave=False)
-        logger = logging.getLogger("pixeldecoder.pipeline")  # what it plans
-        logger.setLevel(logging.INFO)
-        logger.handlers = [logging.StreamHandler()]
-        model, target = pipeline.transformer, torch_device_of(device)
+        model, target = pipeline.transformer, torch.device(device)
+        load_loras(pipeline, loras)
         set_attention(model, self.attention)
         quantize(model, self.quantize)
         if not place:
@@ -80,32 +112,12 @@ class Execution:
 
     def layout_kwargs(self) -> dict[str, Any]:
         """For the pipeline's call."""
-        from pixeldecoder.plan import memory_budget
-
-        if self.tile not in ("auto", "none") and not self.tile.isdigit():
-            raise ValueError(f'--tile {self.tile}: expected "auto", "none" or a side in pixels')
-        memory_budget(torch_device_of("cpu"), self.max_memory)
-        tiles: Any = {"auto": "auto", "none": None}.get(self.tile, self.tile)
         return {
-            "tile_size": int(tiles) if self.tile.isdigit() else tiles,
+            "tile_size": int(self.tile) if self.tile.isdecimal() else None if self.tile == "none" else "auto",
             "tile_overlap": self.tile_overlap,
             "chunk_size": self.chunk,
-            "max_memory": self.max_memory,
+            "max_memory": int(self.max_memory) if self.max_memory and self.max_memory.isdecimal() else self.max_memory,
         }
-
-    def torch_device(self) -> str:
-        import torch
-
-        available = {
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-            "cpu": True,
-        }
-        device = self.device if self.device != "auto" else next(name for name, there in available.items() if there)
-        if not available[device]:
-            usable = ", ".join(name for name, there in available.items() if there)
-            raise ValueError(f"--device {device}: this machine has none; available: {usable}")
-        return device
 
     def torch_dtype(self, device: str) -> "torch.dtype":
         import torch
@@ -121,6 +133,12 @@ class Execution:
 
         return torch.Generator().manual_seed(self.seed)
 
+    def noise_generator(self) -> "torch.Generator":
+        """Of the noise in the latents, not of the sampler's: another sigma shall not change the rest of the noise."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed + 1)
+
 
 @dataclass(kw_only=True)
 class Decoder(Execution):
@@ -131,10 +149,19 @@ class Decoder(Execution):
     steps: int | None = None
     """Sampling steps; by default what the decoder was made for (nano: 4)."""
 
-    def load(self, place: bool = True) -> "PixelDecoderPipeline":
-        pipeline = self.load_decoder(self.decoder, place)
+    def check(self) -> None:
+        super().check()
+        check_positive(steps=self.steps)
+        if self.decoder != "auto":
+            check_decoder_name(self.decoder)
+
+    def load(self, place: bool = True, loras: Sequence[str] = ()) -> "PixelDecoderPipeline":
+        from pixeldecoder.files import Naming
+
+        pipeline = self.load_decoder(self.decoder, place, loras)
         if self.steps is not None:
-            pipeline.check_steps(self.steps)
+            with Naming(f"--steps {self.steps}"):
+                pipeline.check_steps(self.steps)
         return pipeline
 
     def call_kwargs(self) -> dict[str, Any]:
@@ -146,10 +173,10 @@ class Decoder(Execution):
 class TextEncoder:
     """What encodes prompts for a decoder that reads text."""
 
-    text_encoder: str = "Efficient-Large-Model/gemma-2-2b-it"
+    text_encoder: str = TEXT_ENCODER
     """Folder or Hub id of Gemma-2; it is loaded if the prompt is not in the cache ($PIXELDECODER_CACHE)."""
-    text_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where it runs. "auto": where the decoder does."""
+    text_device: Device = "auto"
+    """Where it runs; "auto": where the decoder does."""
     text_quantization: Literal["none", "8bit", "4bit"] = "none"
     """Of its weights, by bitsandbytes."""
 
@@ -158,7 +185,7 @@ class TextEncoder:
 
         pipeline.prompt_encoder = PromptEncoder(
             self.text_encoder,
-            pipeline.device if self.text_device == "auto" else self.text_device,
+            pipeline.device if self.text_device == "auto" else torch_device(self.text_device, "--text-device"),
             None if self.text_quantization == "none" else self.text_quantization,
             prompt_cache(),
         )
@@ -179,12 +206,18 @@ class Text(TextEncoder):
         """Arguments for the decoder's call; encoded here, so that the text encoder is gone when the decoder runs."""
         from pixeldecoder.text import load_prompt_embeds, save_prompt_embeds
 
-        if pipeline.transformer.config.text_embed_dim is None:
+        width = pipeline.transformer.config.text_embed_dim
+        if width is None:
+            if self.save_prompt_embeds is not None:
+                raise ValueError("--save-prompt-embeds: this decoder reads no text")
             return {}
         if pipeline.text_encoder is None:
             self.attach(pipeline)
         if self.prompt_embeds is not None:
-            texts: dict[str, Any] = {"prompt_embeds": load_prompt_embeds(self.prompt_embeds)}
+            embeds = load_prompt_embeds(self.prompt_embeds)
+            if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+                raise ValueError(f"{self.prompt_embeds}: expected (1, T, {width}), got {tuple(embeds.shape)}")
+            texts: dict[str, Any] = {"prompt_embeds": embeds}
             if pipeline.guides():
                 texts["negative_prompt_embeds"], _ = pipeline.encode_prompt(
                     pipeline.config.default_negative_prompt, None, False
@@ -195,21 +228,40 @@ class Text(TextEncoder):
         pipeline.prompt_encoder.unload()
         if self.save_prompt_embeds is not None:
             save_prompt_embeds(texts["prompt_embeds"].cpu(), self.save_prompt_embeds, self.prompt)
+            print(self.save_prompt_embeds)
         return texts
 
 
 @dataclass(kw_only=True)
-class FilesToImages(Decoder):
+class FilesToImages(Text, Decoder):
+    """Files in, images out."""
+
     source: Source
     """A file, or a folder of them."""
     output: Output
-    """An image (.png, .webp, .jpg); for several, a folder."""
+    """An image (.png, .webp, .jpg), or a folder to write into."""
     format: Literal["png", "webp", "jpg"] = "png"
     """Of the images in an output folder."""
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, word("PATH[:STRENGTH]")] = ()
+    """A LoRA of the decoder: a file, a folder or a Hub id, with a strength if it is not 1. May be given several times,
+    and they add up."""
+
+    def prepare(self, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+        """Each input with its output, after everything that can be checked without a decoder."""
+        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, jobs
+
+        self.check()
+        if self.save_prompt_embeds is not None:
+            check_target(self.save_prompt_embeds, (".safetensors",))
+        for lora in self.lora:
+            name = lora_and_strength(lora)[0]
+            if not Path(name).exists() and not is_hub_id(name):
+                raise ValueError(f"--lora {lora}: expected a file, a folder or a Hub id (owner/name); there is none")
+        return jobs(self.source, self.output, suffixes, IMAGE_SUFFIXES, self.format)
 
 
 @dataclass(kw_only=True)
-class Decode(Text, FilesToImages):
+class Decode(FilesToImages):
     """Latents to images.
 
     Latents are normalised (as the latent diffusion model denoises them), (C, h, w) or (B, C, h, w), in a
@@ -218,69 +270,76 @@ class Decode(Text, FilesToImages):
     Example: pixeldecoder decode latents.safetensors image.png --sigma 0.1
     """
 
-    sigma: float = 0.0
-    """Noise level in [0, 1] that the latents have: 0 if they are finished."""
+    sigma: float | None = None
+    """Noise level in [0, 1] that the latents have; by default what their file says ("sigma", as `generate
+    --save-latents` writes it), or 0: finished."""
 
     def run(self) -> None:
-        from pixeldecoder.files import LATENT_SUFFIXES, Naming, check_output, load_latents, pairs, save_image
+        from tqdm import tqdm
 
-        check_output(self.source, self.output)
+        from pixeldecoder import files
+
         check_sigma(self.sigma)
-        pipeline = self.load()
-        text = self.text_kwargs(pipeline)
-        for path, target in pairs(self.source, self.output, LATENT_SUFFIXES, self.format):
-            latents = load_latents(path)
-            with Naming(path):
-                count = len(latents) if latents.ndim == 4 else 1
-                if count > 1 and not self.source.is_dir() and target.suffix:
-                    raise ValueError(f"{count} images cannot go into {target}: give a folder as output")
+        pairs = self.prepare(files.LATENT_SUFFIXES)
+        files.load_latents(pairs[0][0])  # complains before a decoder is loaded
+        pipeline = self.load(loras=self.lora)
+        kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
+        pixels = pipeline.transformer.config.scale * pipeline.transformer.config.latent_downscale_factor
+        for path, target in files.progress(pairs):
+            latents, stored = files.load_latents(path)
+            count = len(latents) if latents.ndim == 4 else 1
+            if count > 1 and not files.is_folder(self.output):
+                raise ValueError(f"{path}: {count} images cannot go into {target}: give a folder as output")
+            files.check_image_size(target, pixels * latents.shape[-1], pixels * latents.shape[-2])
+            sigma: Any = self.sigma or 0.0
+            if self.sigma is None and stored is not None:
+                sigma = stored
+                levels = ", ".join(f"{level:.4g}" for level in stored.tolist())
+                tqdm.write(f"{path}: decoded at sigma {levels}, which the file says", file=sys.stderr)
+            with files.Naming(path):
                 generators = [self.generator() for _ in range(count)]
-                images = pipeline(latents, sigma=self.sigma, generator=generators, **self.call_kwargs(), **text).images
-            if count == 1:
-                save_image(images[0], target)
-            else:
-                folder = target.parent if target.suffix else target
-                for index, image in enumerate(images):
-                    save_image(image, folder / f"{path.stem}_{index:03}.{self.format}")
+                images = pipeline(latents, sigma=sigma, generator=generators, **kwargs).images
+            for index, image in enumerate(images):
+                name = target if count == 1 else target.with_stem(f"{path.stem}_{index:03}")
+                files.save_image(image, name)
+                tqdm.write(str(name))
 
 
 @dataclass(kw_only=True)
-class Upscale(Text, FilesToImages):
+class Upscale(FilesToImages):
     """Images to larger images: encode, then decode 4 or 8 times larger.
 
     Example: pixeldecoder upscale photo.jpg large.png --sigma 0.2
     """
 
     encoder: str = "auto"
-    """What makes the latents: a folder or Hub id of an autoencoder of the decoder's latent space, the space by name, or
-    "module:function". "auto": the decoder's own, or the one that pixeldecoder.latents names for its space."""
+    """What makes the latents: "nano", a folder or Hub id of an autoencoder of the decoder's latent space, a latent
+    space by name (its usual autoencoder), or "module:function"; "auto": the one that the decoder was made with."""
     sigma: float = 0.0
     """Noise in [0, 1] added to the latents. More gives an image that differs more and invents more."""
 
     def run(self) -> None:
-        import torch
+        from tqdm import tqdm
 
-        from pixeldecoder.files import IMAGE_SUFFIXES, Naming, check_output, load_image, pairs, save_image
+        from pixeldecoder import files
 
-        check_output(self.source, self.output)
         check_sigma(self.sigma)
-        pipeline = self.load()
+        pairs = self.prepare(files.IMAGE_SUFFIXES)
+        sizes = [files.image_size(path) for path, _ in pairs]  # complains before a decoder is loaded
+        pipeline = self.load(loras=self.lora)
+        scale = pipeline.transformer.config.scale
+        for (_, target), (width, height) in zip(pairs, sizes, strict=True):
+            files.check_image_size(target, scale * width, scale * height)
         encoder = image_encoder(self.encoder, pipeline)
-        text = self.text_kwargs(pipeline)
-        for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, self.format):
-            image = load_image(path)
-            with Naming(path):
+        kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
+        for path, target in files.progress(pairs):
+            image = files.load_image(path)
+            with files.Naming(path):
                 result = pipeline.upscale(
-                    image,
-                    sigma=self.sigma,
-                    encoder=encoder,
-                    # Not the sampler's: another sigma shall not change the rest of the noise.
-                    noise_generator=torch.Generator().manual_seed(self.seed + 1),
-                    generator=self.generator(),
-                    **self.call_kwargs(),
-                    **text,
+                    image, self.sigma, self.noise_generator(), encoder, generator=self.generator(), **kwargs
                 )
-            save_image(result.images[0], target)
+            files.save_image(result.images[0], target)
+            tqdm.write(str(target))
 
 
 @dataclass(kw_only=True)
@@ -293,34 +352,35 @@ class Encode:
     source: Source
     """An image, or a folder of them."""
     output: Output
-    """A .safetensors file; for several, a folder."""
+    """A .safetensors file, or a folder to write into."""
     encoder: str = "nano"
     """"nano" (bundled, FLUX.1's space), a folder or Hub id of an autoencoder, a pipeline or SigLIP 2, a latent space by
     name (flux, flux2, sd3, sdxl, qwenimage, dinov2, siglip: its usual autoencoder), or "module:function"."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """"auto": the fastest there is."""
+    device: Device = "auto"
+    """Where it runs; "auto": the fastest there is."""
 
     def run(self) -> None:
+        from pixeldecoder import files
+
+        pairs = files.jobs(self.source, self.output, files.IMAGE_SUFFIXES, (".safetensors",), "safetensors")
+        for path, _ in pairs:
+            files.image_size(path)  # complains before an encoder is loaded
+
         import torch
         import torch.nn.functional as F
         from safetensors.torch import save_file
+        from tqdm import tqdm
 
-        from pixeldecoder.files import IMAGE_SUFFIXES, Naming, load_image, pairs, to_tensor, write_whole
-        from pixeldecoder.latents import load_image_encoder
-
-        if not self.source.exists():
-            raise ValueError(f"{self.source}: no such file or folder")
-        if not self.source.is_dir() and self.output.suffix != ".safetensors":
-            raise ValueError(f"{self.output}: expected a file ending in .safetensors")
-        device = Decoder(device=self.device).torch_device()
-        encoder = load_image_encoder(self.encoder, device)
-        for path, target in pairs(self.source, self.output, IMAGE_SUFFIXES, "safetensors"):
-            image = to_tensor(load_image(path))
-            with Naming(path), torch.no_grad():
+        device = torch_device(self.device)
+        encoder = load_encoder(self.encoder, device)
+        for path, target in files.progress(pairs):
+            image = files.to_tensor(files.load_image(path))
+            with files.Naming(path), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
                 latents = encoder(image.to(device)).cpu().contiguous()
-            write_whole(target, partial(save_file, {"latents": latents}))
+            files.write_whole(target, partial(save_file, {"latents": latents}))
+            tqdm.write(str(target))
 
 
 @dataclass(kw_only=True)
@@ -330,24 +390,28 @@ class Generate(Text, Decoder):
     Example: pixeldecoder generate "a lighthouse at dusk" image.png --model Tongyi-MAI/Z-Image --stop-at 46
     """
 
-    description: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
-    """What to make."""
+    description: Annotated[str, tyro.conf.Positional, word("PROMPT")]
+    """What to make: for the latent model, and for the decoder if it reads text."""
     output: Output
-    """An image (.png, .webp, .jpg); for several, a folder."""
+    """An image (.png, .webp, .jpg), or a folder to write into, each image under its seed."""
     model: str
     """Folder or Hub id of a diffusers pipeline."""
     decoder: str = "auto"
-    """"auto": the released decoder of the model's latent space; otherwise as in `decode`."""
-    stop_at: str = "auto"
+    """As in `decode`; "auto": the released decoder of the model's latent space, which is fetched from the Hub at first,
+    as is Gemma-2, which reads prompts for it (8 GB together; the licence is non-commercial)."""
+    prompt: str = ""
+    """For the decoder alone, in place of PROMPT."""
+    stop_at: Annotated[str, word("STOP")] = "auto"
     """Where the latent model stops: a step (24), a share of its steps (0.85), "sigma=0.1", or "auto": where the paper
     stops this family."""
     latent_space: str | None = None
     """By name (flux, flux2, sd3, sdxl, qwenimage), if the model's autoencoder does not tell."""
     negative_prompt: str | None = None
     """For the latent model."""
-    height: int | None = None
-    """Of the latent model's image in pixels; the output is 4 times larger. By default the model's."""
-    width: int | None = None
+    height: Annotated[int | None, word("PIXELS")] = None
+    """Of the latent model's image; the output is 4 times larger. By default the model's."""
+    width: Annotated[int | None, word("PIXELS")] = None
+    """Of the latent model's image, likewise."""
     latent_steps: int | None = None
     """Steps of the latent model; by default the model's."""
     latent_guidance_scale: float | None = None
@@ -356,35 +420,47 @@ class Generate(Text, Decoder):
     """How many, with seeds that count on."""
     lora: str | None = None
     """LoRA for the latent model: a file, a folder or a Hub id."""
-    pipeline_args: str = "{}"
-    """Everything else for the pipeline's call, as JSON: '{"max_sequence_length": 256}'."""
+    pipeline_args: Annotated[str, word("JSON")] = "{}"
+    """Everything else for the pipeline's call: '{"max_sequence_length": 256}'."""
     compare: bool = False
     """Let the latent model finish, decode with its own VAE too, and save both side by side."""
     save_latents: Path | None = None
-    """Write latents and sigma to this .safetensors file."""
+    """Write latents and sigma to this .safetensors file, which `decode` takes."""
     offload: bool = False
     """Keep on the device only the model that is running."""
 
+    def check(self) -> None:
+        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, is_folder
+
+        super().check()
+        check_positive(images=self.images, height=self.height, width=self.width, latent_steps=self.latent_steps)
+        if not is_folder(self.output):
+            if self.images > 1:
+                raise ValueError(f"{self.output}: expected an image for one, for several a folder")
+            check_target(self.output, IMAGE_SUFFIXES)
+        for path in (self.save_latents, self.save_prompt_embeds):
+            if path is not None:
+                check_target(path, (".safetensors",))
+        for option, name in ("--model", self.model), ("--lora", self.lora):
+            if name is not None and not Path(name).exists() and not is_hub_id(name):
+                raise ValueError(f"{option} {name}: expected a folder or a Hub id (owner/name); there is none")
+
     def run(self) -> None:
+        self.check()
+        extra = json_object(self.pipeline_args)
+
         import torch
         from PIL import Image
         from safetensors.torch import save_file
 
-        from pixeldecoder.files import IMAGE_SUFFIXES, save_image, side_by_side, write_whole
+        from pixeldecoder.files import is_folder, save_image, side_by_side, write_whole
         from pixeldecoder.ldm import check_decoder, generate, parse_stop, pipeline_latent_space
 
         parse_stop(self.stop_at)
-        if self.images < 1:
-            raise ValueError(f"--images {self.images}: expected at least 1")
-        if self.output.suffix and (self.images > 1 or self.output.suffix.lower() not in IMAGE_SUFFIXES):
-            raise ValueError(
-                f"{self.output}: expected an image ending in {', '.join(IMAGE_SUFFIXES)}, or for several a folder"
-            )
-        extra = json_object(self.pipeline_args)
-        device = self.torch_device()
-        pipe = load_diffusion_pipeline(self.model, self.torch_dtype(device))
+        device = torch_device(self.device)
+        pipe = load_diffusion_pipeline(self.model, self.torch_dtype(device), extra)
         if self.lora is not None:
-            pipe.load_lora_weights(self.lora)
+            load_latent_lora(pipe, self.lora)
         space = pipeline_latent_space(pipe, self.latent_space)
         if self.decoder == "auto":
             self.decoder = space.preset
@@ -401,24 +477,27 @@ class Generate(Text, Decoder):
             "num_inference_steps": self.latent_steps,
             "guidance_scale": self.latent_guidance_scale,
         }
-        result = generate(
-            pipe, decoder, self.description, stop_at=self.stop_at, seed=self.seed, latent_space=self.latent_space,
-            compare=self.compare, offload=self.offload, num_images_per_prompt=self.images,
-            decoder_kwargs=self.call_kwargs() | text,
-            **{key: value for key, value in given.items() if value is not None} | extra,
-        )  # fmt: skip
+        try:
+            result = generate(
+                pipe, decoder, self.description, stop_at=self.stop_at, seed=self.seed, latent_space=self.latent_space,
+                compare=self.compare, offload=self.offload, num_images_per_prompt=self.images,
+                decoder_kwargs=self.call_kwargs() | text,
+                **{key: value for key, value in given.items() if value is not None} | extra,
+            )  # fmt: skip
+        except (TypeError, AttributeError) as error:
+            if not extra:
+                raise
+            raise ValueError(f"--pipeline-args {self.pipeline_args}: {type(pipe).__name__}: {error}") from None
         taken = result.taken
         if self.save_latents is not None:
             tensors = {"latents": taken.latents.cpu().contiguous(), "sigma": torch.tensor(taken.sigma)}
-            write_whole(self.save_latents, lambda file: save_file(tensors, file))
+            write_whole(self.save_latents, partial(save_file, tensors))
+            print(self.save_latents)
         print(f"{type(pipe).__name__}: {taken.step} of {taken.steps} steps, sigma {taken.sigma:.4f}", file=sys.stderr)
         for index, image in enumerate(result.images):
             if taken.images is not None:
                 image = side_by_side(taken.images[index].resize(image.size, Image.Resampling.LANCZOS), image)
-            if self.images == 1 and self.output.suffix:
-                target = self.output
-            else:
-                target = self.output / f"{self.seed + index}.png"
+            target = self.output / f"{self.seed + index}.png" if is_folder(self.output) else self.output
             save_image(image, target)
             print(target)
 
@@ -442,30 +521,44 @@ class Convert:
     rope_reference_size: int | None = None
     """Image side in pixels that the rotary frequencies are made for, of a network that was not released."""
     adapter_padding_mode: Literal["zeros", "replicate"] | None = None
-    """Of a network that was not released, as are the following."""
+    """How its adapter's convolutions pad latents."""
     latent_channels: int | None = None
+    """Channels of its latents."""
     latent_downscale_factor: int | None = None
+    """Pixels of the autoencoder's image to a cell of its latents, by side."""
     scale: int | None = None
+    """How many times larger than the autoencoder's its image is, by side."""
     unpack_latents: bool | None = None
+    """Whether it unpacks latents of 2 x 2 cells, as v1.5's for FLUX.2 do."""
 
     def run(self) -> None:
+        from pixeldecoder.files import check_target, check_writable, usual_mode
+
+        if not self.source.exists():
+            raise ValueError(f"{self.source}: no such file or folder")
+        if self.source.is_dir():
+            check_target(self.output, (".pth", ".safetensors"))
+        elif self.output.suffix:
+            raise ValueError(f"{self.output}: a reference checkpoint becomes a folder: give a name without suffix")
+        elif self.output.exists():
+            raise ValueError(f"{self.output} exists: give a new folder")
+        check_writable(self.output)
+
         from pixeldecoder.convert import folder_to_reference
         from pixeldecoder.pipeline import PixelDecoderPipeline
 
         if self.source.is_dir():
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            folder_to_reference(self.source, self.output)
+            with blaming(f"{self.source} could not be read"):
+                folder_to_reference(self.source, self.output)
         else:
-            if self.output.suffix:
-                raise ValueError(f"{self.output}: a reference checkpoint becomes a folder: give a name without suffix")
-            if self.output.exists():
-                raise ValueError(f"{self.output} exists: give a new folder")
             known = ("source", "output", "preset")
             overrides = {k: v for k, v in vars(self).items() if k not in known and v is not None}
-            pipeline = PixelDecoderPipeline.from_single_file(self.source, self.preset, **overrides)
+            with blaming(f"{self.source} could not be read"):
+                pipeline = PixelDecoderPipeline.from_single_file(self.source, self.preset, **overrides)
             temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
             try:
                 pipeline.save_pretrained(temporary)
+                usual_mode(temporary)
                 temporary.replace(self.output)
             finally:
                 if temporary.exists():
@@ -489,13 +582,18 @@ class Demo(Decoder):
     """Folder of the pictures."""
 
     def run(self) -> None:
-        from pixeldecoder.demo import comparison
-        from pixeldecoder.files import save_image
+        from pixeldecoder.files import check_writable, save_image
 
+        self.check()
         if self.decoder != "nano":
             raise ValueError("the demo's latents are nano's: use decode or upscale with another decoder")
-        save_image(comparison(self.load(), self.generator(), self.call_kwargs()), self.output / "comparison.png")
-        print(self.output / "comparison.png")
+        target = self.output / "comparison.png"
+        check_writable(target)
+
+        from pixeldecoder.demo import comparison
+
+        save_image(comparison(self.load(), self.generator, self.noise_generator, self.call_kwargs()), target)
+        print(target)
 
 
 @dataclass(kw_only=True)
@@ -505,25 +603,37 @@ class Plan(Decoder):
     Example: pixeldecoder plan 4096 4096 --max-memory 6GB
     """
 
-    width: Annotated[int, tyro.conf.Positional]
+    width: Annotated[int, tyro.conf.Positional, word("WIDTH")]
     """Of the image in pixels."""
-    height: Annotated[int, tyro.conf.Positional]
+    height: Annotated[int, tyro.conf.Positional, word("HEIGHT")]
+    """Of the image in pixels."""
     batch: int = 1
     """Images at a time."""
+    seed: int = field(default=0, init=False)  # nothing is drawn
+    compile: bool = field(default=False, init=False)  # the estimate knows nothing of it
 
     def run(self) -> None:
+        self.check()
+        if min(self.width, self.height, self.batch) < 1:
+            raise ValueError(f"{self.width} x {self.height} px, batch {self.batch}: expected at least 1")
+
         import torch
 
+        from pixeldecoder.files import Naming
         from pixeldecoder.performance import quantize
-        from pixeldecoder.plan import estimate_seconds, measure_rates, must_offload, plan, weight_bytes
+        from pixeldecoder.pipeline import student_times
+        from pixeldecoder.plan import duration, estimate_seconds, measure_rates, must_offload, plan, weight_bytes
         from pixeldecoder.presets import PRESETS
 
         kwargs = self.call_kwargs()
-        device = torch_device_of(self.torch_device())
+        device = torch.device(torch_device(self.device))
         if self.decoder in PRESETS:  # without its weights
             from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 
             preset = PRESETS[self.decoder]
+            if preset.distilled and self.steps is not None:
+                with Naming(f"--steps {self.steps}"):
+                    student_times(self.steps)
             with torch.device("meta"):
                 model = PixelDecoderTransformer2DModel(**preset.config).to(self.torch_dtype(device.type))
             trained, steps, guidance = preset.trained_size, preset.num_inference_steps, preset.guidance_scale
@@ -534,27 +644,23 @@ class Plan(Decoder):
             trained, steps, guidance = (
                 config.trained_size, config.default_num_inference_steps, config.default_guidance_scale
             )  # fmt: skip
-        patch = model.config.patch_size
-        if min(self.width, self.height, self.batch) < 1:
-            raise ValueError(f"{self.width} x {self.height} px, batch {self.batch}: expected at least 1")
-        sides = [-(-side // patch) * patch for side in (self.height, self.width)]
+        config = model.config
+        # As the pipeline rounds: whole latent cells, which are whole patches.
+        cell = 1 if config.latent_channels is None else config.scale * config.latent_downscale_factor
+        unit = math.lcm(cell, config.patch_size)
+        height, width = (-(-side // unit) * unit for side in (self.height, self.width))
+        if (width, height) != (self.width, self.height):
+            print(f"{self.width} x {self.height} px: rounded up to multiples of {unit} px, whole latents and patches")
         steps = kwargs.pop("num_inference_steps") or steps
         offload = must_offload(model, device, self.max_memory)
-        text_tokens = model.config.max_text_length if model.config.text_embed_dim else 0
         chosen = plan(
-            model,
-            sides[0],
-            sides[1],
-            self.batch,
-            text_tokens,
-            trained_size=trained,
-            device=device,
-            offload=offload,
-            **kwargs,
-        )
+            model, height, width, self.batch, config.max_text_length if config.text_embed_dim else 0,
+            trained_size=trained, device=device, offload=offload, **kwargs,
+        )  # fmt: skip
         seconds = estimate_seconds(chosen, measure_rates(model, device), steps * (1 if guidance == 1 else 2))
         print(f"{chosen}, of it {weight_bytes(model) / 1e9:.2f} GB weights{', block by block' if offload else ''}")
-        print(f"{steps} steps on {device.type} in {str(model.dtype).removeprefix('torch.')}: about {seconds:.2g} s")
+        dtype = str(model.dtype).removeprefix("torch.")
+        print(f"{steps} steps on {device.type} in {dtype}: about {duration(seconds)}")
 
 
 @dataclass(kw_only=True)
@@ -572,13 +678,13 @@ class Benchmark:
     """Sides of the outputs in pixels."""
     decoder: str = "nano"
     """As in `decode`; a released name gets random weights, which are as fast."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """"auto": the fastest there is."""
+    device: Device = "auto"
+    """Where it runs; "auto": the fastest there is."""
     steps: int | None = None
-    """Sampling steps."""
+    """Sampling steps; by default what the decoder was made for."""
     repeats: int = 3
     """Timed runs, after one that is not."""
-    max_memory: str | None = None
+    max_memory: Annotated[str | None, word("SIZE")] = None
     """As in `decode`."""
     startup: bool = False
     """Instead, the CPU time until the command itself answers: --help, --version, a plan, an error."""
@@ -586,20 +692,26 @@ class Benchmark:
     """Folder of benchmark.json and benchmark.png."""
 
     def run(self) -> None:
-        import json
+        from pixeldecoder import files
+
+        check_positive(steps=self.steps, repeats=self.repeats)
+        if self.max_memory is not None:
+            check_memory(self.max_memory)
+        check_decoder_name(self.decoder)
+        files.check_writable(self.output / "benchmark.json")
 
         from pixeldecoder.evaluation.benchmark import benchmark, plot, startup
-        from pixeldecoder.files import write_whole
 
         if self.startup:
             for command, seconds in startup(self.repeats).items():
                 print(f"{command:40} {seconds:6.2f} s of CPU")
             return
-        device = Decoder(device=self.device).torch_device()
+
+        device = torch_device(self.device)
         report = benchmark(
             list(self.configs), list(self.sizes), self.decoder, device, self.steps, self.repeats, self.max_memory
         )
-        write_whole(self.output / "benchmark.json", lambda path: path.write_text(json.dumps(report, indent=1)))
+        files.write_whole(self.output / "benchmark.json", lambda path: path.write_text(json.dumps(report, indent=1)))
         try:
             plot(report, self.output / "benchmark.png")
         except ImportError:
@@ -649,8 +761,8 @@ class Evaluate(TextEncoder, Execution):
     """Folder or Hub id of a diffusers pipeline, for prompts."""
     stops: tuple[str, ...] = ("auto",)
     """Where it stops, as in `generate`."""
-    pipeline_args: str = "{}"
-    """For its call, as JSON: '{"num_inference_steps": 28}'."""
+    pipeline_args: Annotated[str, word("JSON")] = "{}"
+    """For its call: '{"num_inference_steps": 28}'."""
     metrics: tuple[str, ...] = ()
     """By name, or "all"; by default those that need no weights, and those whose weights are given. What cannot be had
     is skipped with a line."""
@@ -658,10 +770,19 @@ class Evaluate(TextEncoder, Execution):
     """Of metrics, in files: squeezenet PATH lpips BACKBONE lpips-linear PATH fid PATH."""
 
     def run(self) -> None:
+        from pixeldecoder.files import check_writable
+
+        self.check()
+        check_writable(self.output / "report.html")
+        check_positive(crop=self.crop, limit=self.limit, scale=self.scale, steps=min(self.steps, default=None))
+        for name in self.decoders:
+            check_decoder_name(name)
+        extra = json_object(self.pipeline_args)
+
         from pixeldecoder.evaluation.report import write_report
         from pixeldecoder.evaluation.run import Study
 
-        device = self.torch_device()
+        device = torch_device(self.device)
         dtype = self.torch_dtype(device)
 
         def load(name: str) -> "PixelDecoderPipeline":
@@ -669,6 +790,9 @@ class Evaluate(TextEncoder, Execution):
             if pipeline.transformer.config.text_embed_dim is not None and pipeline.text_encoder is None:
                 self.attach(pipeline)
             return pipeline
+
+        def pipe() -> Any:
+            return load_diffusion_pipeline(str(self.model), dtype, extra).to(device)
 
         study = Study(
             **{
@@ -681,8 +805,8 @@ class Evaluate(TextEncoder, Execution):
             source=self.source,
             decoders={name: partial(load, name) for name in self.decoders},
             encoder=lambda pipeline: image_encoder(self.encoder, pipeline),
-            pipe=None if self.model is None else lambda: load_diffusion_pipeline(str(self.model), dtype).to(device),
-            pipe_kwargs=json_object(self.pipeline_args),
+            pipe=None if self.model is None else pipe,
+            pipe_kwargs=extra,
             call_kwargs=self.layout_kwargs(),
             device=device,
             identity={
@@ -704,15 +828,22 @@ class Compare:
     Example: pixeldecoder compare original.png decoded.png
     """
 
-    first: Annotated[Path, tyro.conf.Positional]
-    """Taken for the truth."""
-    second: Annotated[Path, tyro.conf.Positional]
+    first: Annotated[Path, tyro.conf.Positional, word("TRUTH")]
+    """The image that is taken for the truth."""
+    second: Annotated[Path, tyro.conf.Positional, word("IMAGE")]
+    """The image that is compared with it."""
     output: Path = Path("outputs/comparison.html")
-    """The page."""
+    """The page, a file."""
     weights: dict[str, Path] = field(default_factory=dict)
     """Of metrics, as in `evaluate`."""
 
     def run(self) -> None:
+        from pixeldecoder.files import check_target, image_size
+
+        check_target(self.output, (".html",))
+        for path in (self.first, self.second):
+            image_size(path)
+
         from pixeldecoder.evaluation.report import write_comparison
 
         for name, value in write_comparison(self.first, self.second, self.output, self.weights).items():
@@ -727,7 +858,7 @@ class Judge:
     Example: pixeldecoder judge outputs/evaluation --url http://localhost:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct
     """
 
-    evaluation: Annotated[Path, tyro.conf.Positional]
+    evaluation: Annotated[Path, tyro.conf.Positional, word("FOLDER")]
     """Folder of a finished evaluation."""
     url: str
     """Of an OpenAI-compatible server, up to /v1."""
@@ -741,6 +872,8 @@ class Judge:
     """The first images alone."""
 
     def run(self) -> None:
+        check_positive(limit=self.limit)
+
         from pixeldecoder.evaluation.judge import judge
         from pixeldecoder.evaluation.report import write_report
 
@@ -791,17 +924,20 @@ def run_training(stage: str, args: list[str]) -> None:
     """`args` without the command and the stage."""
     from pixeldecoder.training.config import RECIPES, check, read_yaml
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default="paper")
     first.add_argument("--config", type=Path)
-    found, rest = first.parse_known_args(args)
+    command = "distill" if stage == "student" else f"train {stage}"
+    try:
+        found, rest = first.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error} (see pixeldecoder {command} --help)") from None
     if found.recipe not in RECIPES[stage]:
         raise ValueError(f"--recipe {found.recipe}: expected {' or '.join(RECIPES[stage])}")
     default = RECIPES[stage][found.recipe]()
     if found.config is not None:
         default = read_yaml(found.config, default)
-    command = "distill" if stage == "student" else f"train {stage}"
-    config = tyro.cli(type(default), args=rest, default=default, prog=f"pixeldecoder {command}")
+    config = parse(type(default), rest, f"pixeldecoder {command}", default)
     check(config)  # before the libraries, which take seconds
 
     from pixeldecoder.training.loop import train
@@ -809,7 +945,7 @@ def run_training(stage: str, args: list[str]) -> None:
     print(train(config))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, type] = {
     "demo": Demo,
     "decode": Decode,
     "encode": Encode,
@@ -826,42 +962,157 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def torch_device_of(name: str) -> "torch.device":
+def torch_device(name: str, option: str = "--device") -> str:
+    """The device of that name, "auto" the fastest.
+
+    Raises:
+        ValueError: this machine has none.
+    """
     import torch
 
-    return torch.device(name)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [device for device, there in available.items() if there]
+    if name != "auto" and name not in usable:
+        raise ValueError(f"{option} {name}: this machine has none; available: {', '.join(usable)}")
+    return usable[0] if name == "auto" else name
 
 
-def check_sigma(sigma: float) -> None:
-    if not 0 <= sigma <= 1:
+def check_sigma(sigma: float | None) -> None:
+    if sigma is not None and not 0 <= sigma <= 1:
         raise ValueError(f"--sigma {sigma}: expected a noise level in [0, 1]")
 
 
-def json_object(text: str) -> dict[str, Any]:
-    import json
+def check_positive(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
 
+
+def check_memory(size: str) -> None:
+    if not re.fullmatch(r"\d+|\d*\.?\d+[KMG]i?B", size, re.IGNORECASE) or not re.search("[1-9]", size):
+        raise ValueError(f'--max-memory {size}: expected bytes, or a size such as "6GB"')
+
+
+def json_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-        assert isinstance(found, dict)
-    except (ValueError, AssertionError):
-        raise ValueError(f"--pipeline-args {text}: expected a JSON object") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--pipeline-args {text}: expected a JSON object")
     return found
 
 
-def load_diffusion_pipeline(name: str, dtype: "torch.dtype") -> Any:
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Whatever is raised at a broken folder, or in a function of one's own, as a ValueError that names it."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def load_diffusion_pipeline(name: str, dtype: "torch.dtype", arguments: dict[str, Any]) -> Any:
+    """`arguments` are those its call is to take."""
     from diffusers import DiffusionPipeline
 
     from pixeldecoder.latents import unreachable
 
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
+        with blaming(f"{name} could not be loaded"):
+            pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except OSError as error:
         raise ValueError(str(error)) if Path(name).exists() else unreachable(name, error) from None
+    taken = inspect.signature(pipe.__call__).parameters
+    if unknown := [key for key in arguments if key not in taken]:
+        raise ValueError(f"--pipeline-args: {type(pipe).__name__} has no {unknown[0]}: expected {', '.join(taken)}")
+    return pipe
+
+
+def lora_and_strength(given: str) -> tuple[str, float]:
+    """Of PATH or PATH:STRENGTH."""
+    path, colon, number = given.rpartition(":")
+    try:
+        strength = float(number) if colon and not Path(given).exists() else 1.0
+    except ValueError:  # the colon is the path's
+        return given, 1.0
+    if not math.isfinite(strength):
+        raise ValueError(f"--lora {given}: expected a number as strength, got {number}")
+    return (path if colon and not Path(given).exists() else given), strength
+
+
+def lora_file(name: str) -> Path:
+    """A LoRA's file: itself, the one of a folder, or of a Hub repository."""
+    from pixeldecoder.latents import download
+
+    path = Path(name) if Path(name).exists() else download(name, ["*.safetensors"])
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    usual = path / "pytorch_lora_weights.safetensors"
+    if usual not in files and len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"--lora {name}: expected one .safetensors file, found {names}")
+    return usual if usual in files else files[0]
+
+
+def load_loras(pipeline: "PixelDecoderPipeline", loras: Sequence[str]) -> None:
+    """Onto the decoder, added up by their strengths.
+
+    Raises:
+        ValueError: of another network, or no LoRA at all.
+    """
+    if not loras:
+        return
+    import peft  # noqa: F401  # diffusers would not say which extra has it
+
+    from pixeldecoder.files import Naming
+
+    modules = dict(pipeline.transformer.named_modules())
+    strengths = {}
+    for index, given in enumerate(loras):
+        name, strength = lora_and_strength(given)
+        path, adapter = lora_file(name), f"lora{index}"
+        with Naming(f"--lora {name}"):
+            try:
+                state = pipeline.lora_state_dict(path)
+            except OSError as error:
+                raise ValueError(f"not a readable file of tensors ({' '.join(str(error).split())})") from None
+            for key, tensor in state.items():
+                # peft would take what fits, and say nothing of the rest.
+                module, _, part = key.removeprefix("transformer.").partition(".lora_")
+                weight = getattr(modules.get(module), "weight", None)
+                side = {"A": 1, "B": 0}.get(part[:1])
+                if weight is None or (side is not None and tensor.shape[side] != weight.shape[side]):
+                    ours = "has no such layer" if weight is None else f"is {tuple(weight.shape)} there"
+                    raise ValueError(f"not of this decoder, which {ours}: {key} {tuple(tensor.shape)}")
+            pipeline.load_lora_weights(state, adapter_name=adapter)
+        strengths[adapter] = strength
+    pipeline.set_adapters(list(strengths), list(strengths.values()))
+
+
+def load_latent_lora(pipe: Any, name: str) -> None:
+    """Onto a latent model; diffusers' own warnings tell what does not fit."""
+    import peft  # noqa: F401
+    from diffusers.utils import logging
+
+    path, level = lora_file(name), logging.get_verbosity()
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"--lora {name}: {type(pipe).__name__} takes none")
+    logging.set_verbosity_warning()
+    try:
+        pipe.load_lora_weights(path)
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"--lora {name}: not a LoRA of {type(pipe).__name__}: {error}") from None
+    finally:
+        logging.set_verbosity(level)
 
 
 def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:
     """For `upscale`: the encoder of that name, or `None` for the decoder's own."""
-    from pixeldecoder.latents import SPACES, load_image_encoder
+    from pixeldecoder.latents import SPACES
 
     if name == "auto":
         if pipeline.encoder is not None:
@@ -870,30 +1121,151 @@ def image_encoder(name: str, pipeline: "PixelDecoderPipeline") -> Any:
             if ":" in trained:  # no file has a module imported
                 raise ValueError(f"the decoder was trained with the encoder {trained}: give --encoder {trained}")
             try:
-                return load_image_encoder(trained, pipeline.device)
+                return load_encoder(trained, pipeline.device)
             except ValueError as error:
                 raise ValueError(f"the decoder was trained with the encoder {trained}: {error}") from None
         if pipeline.config.latent_space not in SPACES:
             raise ValueError("the decoder has no encoder and does not tell its latent space: give --encoder")
         name = pipeline.config.latent_space
-    return load_image_encoder(name, pipeline.device)
+    return load_encoder(name, pipeline.device)
+
+
+def load_encoder(name: str, device: Any) -> Any:
+    """The encoder of that name; of one's own, ValueErrors tell what goes wrong in it."""
+    import torch
+
+    from pixeldecoder.files import Naming
+    from pixeldecoder.latents import load_image_encoder
+
+    with blaming(f"{name} could not be loaded"):
+        encoder = load_image_encoder(name, device)
+
+    def checked(image: torch.Tensor) -> torch.Tensor:
+        with blaming(f'encoder "{name}"'), Naming(f'encoder "{name}"'):
+            latents = encoder(image)
+        if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
+            got = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f'encoder "{name}": expected latents (B, C, h, w), got {got}')
+        return latents
+
+    return checked
+
+
+EXTRAS = {
+    "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
+    "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
+    "lora": ("peft",),
+    "quantize": ("bitsandbytes", "torchao"),
+    "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
+}
+"""Modules of the optional dependencies in pyproject.toml."""
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED", re.IGNORECASE
+)
+
+
+def explain(error: Exception, command: str) -> str | None:
+    """One line on what a user can do about an error; `None` for a fault of ours, whose traceback is wanted."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    training = command in ("train", "distill")
+    if isinstance(error, ImportError):
+        module = (error.name or "").partition(".")[0]
+        extras = ["train", *EXTRAS] if training else EXTRAS
+        extra = next((extra for extra in extras if module in EXTRAS[extra]), None)
+        return f"{text}: pip install 'pixeldecoder[{extra}]'" if extra else text
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text)):
+        smaller = "a smaller --micro-batch-size" if training else "--max-memory (such as 6GB) or a smaller --tile"
+        return f"out of memory: try {smaller} ({text[:200]})"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile does not work here: {text[:300]}"
+    if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
+        return text
+    return None
+
+
+def be_quiet() -> None:
+    """Libraries keep their warnings to themselves; before they are imported."""
+    import warnings
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for library in "DIFFUSERS", "TRANSFORMERS":
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")
+    os.environ.setdefault("TQDM_DELAY", "2")  # a bar for what takes longer
+    for name in "accelerate", "bitsandbytes", "torchao", "torch.utils._pytree":
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+ABOUT = f"""{__doc__}
+
+`pixeldecoder COMMAND --help` tells a command's options, `pixeldecoder --version` the version."""
+
+
+def dispatch(args: list[str]) -> None:
+    """Run a command."""
+    name, rest = (args[0] if args else ""), args[1:]
+    if name == "--version":
+        print(f"pixeldecoder {__version__}")
+    elif name in ("-h", "--help"):
+        tyro.extras.subcommand_cli_from_dict(dict(COMMANDS), args=["--help"], prog="pixeldecoder", description=ABOUT)
+    elif name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        wrong = f'no command "{name}"' if name else "no command"
+        meant = f', did you mean "{close[0]}"? Expected' if close else "; expected"
+        raise ValueError(f"{wrong}{meant} one of {', '.join(COMMANDS)} (see pixeldecoder --help)")
+    # Their settings depend on a recipe and a file that must be read first.
+    elif name == "distill":
+        run_training("student", rest)
+    elif name == "train" and rest[:1] in (["prior"], ["teacher"]):
+        run_training(rest[0], rest[1:])
+    else:
+        command: Any = parse(COMMANDS[name], rest, f"pixeldecoder {name}")
+        try:
+            command.run()
+        except RuntimeError as error:  # a kernel tells only when it runs what it cannot
+            if getattr(command, "attention", "auto") == "auto" or OUT_OF_MEMORY.search(str(error)):
+                raise
+            raise ValueError(f"--attention {command.attention} cannot be used here: {error}") from error
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command; 0, or 2 after one line on bad input."""
+    """Run the command.
+
+    Returns:
+        The exit code: 0; 2 after one line on what a user can mend; 130 on Ctrl-C; 141 if the output's reader has gone.
+    """
     args = sys.argv[1:] if args is None else args
+    be_quiet()
+    ours, handler = logging.getLogger("pixeldecoder"), logging.StreamHandler()
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
     try:
-        # Their settings depend on a recipe and a file that must be read first.
-        if args[:1] == ["distill"]:
-            run_training("student", args[1:])
-        elif args[:1] == ["train"] and args[1:2] in (["prior"], ["teacher"]):
-            run_training(args[1], args[2:])
+        try:
+            dispatch(args)
+        except SystemExit as end:  # --help
+            code = int(end.code or 0)
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            print("pixeldecoder: interrupted", file=sys.stderr)
+            code = 130
+        except Exception as error:
+            line = explain(error, args[0] if args else "")
+            if line is None:
+                raise
+            print(f"pixeldecoder: {line}", file=sys.stderr)
+            code = 2
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, description=__doc__).run()
-    except (ValueError, OSError) as error:
-        print(f"pixeldecoder: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+            code = 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain of it once more when it flushes at its end.
+        for stream in sys.stdout, sys.stderr:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 128 + 13  # as of a tool that dies of SIGPIPE
+    finally:
+        ours.removeHandler(handler)
+    return code
 
 
 def entry_point() -> None:

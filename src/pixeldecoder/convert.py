@@ -3,10 +3,7 @@
 import inspect
 import json
 import math
-import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from pixeldecoder.files import read_tensors, write_whole
 from pixeldecoder.models.base import check_fit, listing
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import PRESETS, Preset, find_preset
@@ -258,26 +256,6 @@ def _released_like(adapter_dim: int, cells: int) -> Preset | None:
     return None
 
 
-def read_tensors(path: str | Path) -> Any:
-    """What a `.safetensors`, `.pth` or `.pt` file holds: tensors, or containers of them; nothing in it is executed.
-
-    Raises:
-        ValueError: no such file, truncated, of another kind, or it holds pickled code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a .safetensors, .pth or .pt file, there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: refused: it is no file of plain tensors, or it holds pickled code") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        detail = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a readable file of tensors, or truncated ({detail})") from None
-
-
 def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a `.pth`, `.pt` or `.safetensors` file as they are.
 
@@ -425,15 +403,8 @@ def save_reference_checkpoint(
     state = {f"net.{name}": t.contiguous() for name, t in export_reference_state_dict(model.state_dict()).items()}
     network = {key: value for key, value in model.config.items() if key[:1] != "_"}
     metadata = {SETTINGS: json.dumps({"network": network, **(settings or {})})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".safetensors":
-            save_file(state, temporary, metadata)
-        else:
-            torch.save(state, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    kind = path.suffix == ".safetensors"
+    write_whole(path, lambda file: save_file(state, file, metadata) if kind else torch.save(state, file))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

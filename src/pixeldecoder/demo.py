@@ -1,6 +1,7 @@
 """Bundled latents in, a picture that compares their decodes with the original out."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,22 +16,30 @@ from pixeldecoder.pipeline import NANO, PixelDecoderPipeline
 SIGMA = 0.3
 
 
-def comparison(pipeline: PixelDecoderPipeline, generator: torch.Generator, kwargs: dict[str, Any]) -> Image.Image:
+def comparison(
+    pipeline: PixelDecoderPipeline,
+    generator: Callable[[], torch.Generator],
+    noise_generator: Callable[[], torch.Generator],
+    kwargs: dict[str, Any],
+) -> Image.Image:
     """A row for each bundled photo: the small photo enlarged, two decodes, the original; prints PSNR and seconds.
 
-    `kwargs` are for the pipeline's call.
+    Args:
+        generator: makes the sampler's for each decode, so that all have the same noise and differ by latents alone.
+        noise_generator: makes that of the noise in the latents.
+        kwargs: for the pipeline's call.
     """
-    rows = []
+    noise, rows = noise_generator(), []
     for path in sorted((NANO / "samples").glob("*.safetensors")):
         original = to_tensor(Image.open(path.with_suffix(".webp")))
         latents = load_file(path)["latents"].float()
-        noisy = (1 - SIGMA) * latents + SIGMA * torch.randn(latents.shape, generator=generator)
+        noisy = (1 - SIGMA) * latents + SIGMA * torch.randn(latents.shape, generator=noise)
         small = F.interpolate(original, scale_factor=1 / 4, mode="bicubic", antialias=True).clamp(-1, 1)
         enlarged = F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1)
         panels = [(f"input, {small.shape[-1]} px, bicubic", enlarged, 0.0)]
         for label, z, sigma in ("nano, clean latents", latents, 0.0), (f"nano, sigma {SIGMA}", noisy, SIGMA):
             begun = time.perf_counter()
-            image = pipeline(z, sigma=sigma, generator=generator, output_type="pt", **kwargs).images
+            image = pipeline(z, sigma=sigma, generator=generator(), output_type="pt", **kwargs).images
             panels.append((label, image.cpu().float() * 2 - 1, time.perf_counter() - begun))
         for label, image, seconds in panels:
             print(f"{path.stem:10} {label:24} PSNR {psnr(image, original):5.2f} dB {seconds:6.1f} s", flush=True)

@@ -1,51 +1,102 @@
-"""Files in, tensors and pictures out, and back: read with errors that name the file, written whole or not at all."""
+"""Files in, tensors and pictures out, and back: read with errors that name the file, written whole or not at all.
+
+Torch is imported where a tensor is made: what is wrong with a path can be told before.
+"""
 
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from pixeldecoder.convert import read_tensors
+if TYPE_CHECKING:
+    import torch
 
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 LATENT_SUFFIXES = (".safetensors", ".npy", ".pt")
+LARGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}
+"""Pixels that a format can hold."""
 
 
-def pairs(source: Path, output: Path, suffixes: tuple[str, ...], format: str) -> Iterator[tuple[Path, Path]]:
-    """Each input with its output, under a progress bar if the input is a folder."""
-    if not source.is_dir():
-        if source.suffix.lower() not in suffixes:
-            raise ValueError(f"{source}: expected one of {', '.join(suffixes)}, got {source.suffix or 'no suffix'!r}")
-        yield source, output
-        return
-    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in suffixes)
-    if not paths:
-        raise ValueError(f"{source}: expected files ending in {', '.join(suffixes)}, found none")
-    stems = [path.stem for path in paths]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"{source}: several files would become {twice[0]}.{format}: rename one")
-    for path in tqdm(paths, desc="files"):
-        yield path, output / f"{path.stem}.{format}"
+def jobs(
+    source: Path, output: Path, suffixes: tuple[str, ...], output_suffixes: tuple[str, ...], format: str
+) -> list[tuple[Path, Path]]:
+    """Each input with its output.
 
+    Args:
+        source: a file, or a folder of them.
+        output: a file with one of `output_suffixes`; or a folder, there or not, which gets a file of each input's name.
+        format: suffix of the files in an output folder, without its dot.
 
-def check_output(source: Path, output: Path) -> None:
+    Raises:
+        ValueError: no such input, or an output that cannot be; told before anything is loaded.
+    """
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if source.is_dir():
-        if output.is_file():
-            raise ValueError(f"{output} is a file: a folder of inputs needs a folder of outputs")
-    elif output.suffix and output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{output}: expected an image ending in {', '.join(IMAGE_SUFFIXES)}")
+        paths = sorted(path for path in source.iterdir() if path.suffix.lower() in suffixes)
+        if not paths:
+            raise ValueError(f"{source}: expected files ending in {', '.join(suffixes)}, found none")
+        stems = [path.stem for path in paths]
+        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+            raise ValueError(f"{source}: several files would become {twice[0]}.{format}: rename one")
+    elif source.suffix.lower() not in suffixes:
+        raise ValueError(f"{source}: expected one of {', '.join(suffixes)}, got {source.suffix or 'no suffix'!r}")
+    else:
+        paths = [source]
+    into = is_folder(output)
+    if source.is_dir() and (output.is_file() or not into):
+        raise ValueError(f"{output} is a file: a folder of inputs needs a folder as output")
+    if not into and output.suffix.lower() not in output_suffixes:
+        kind = "an image" if output_suffixes == IMAGE_SUFFIXES else "a file"
+        raise ValueError(f"{output}: expected {kind} ending in {', '.join(output_suffixes)}, or a folder")
+    pairs = [(path, output / f"{path.stem}.{format}" if into else output) for path in paths]
+    for path, target in pairs:
+        if target.exists() and target.samefile(path):
+            raise ValueError(f"{target} would overwrite its input: give another output")
+    check_writable(pairs[0][1])
+    return pairs
 
 
-def load_latents(path: Path) -> torch.Tensor:
-    """(C, h, w) or (B, C, h, w) from .safetensors, .npy or .pt; nothing in the file is executed."""
-    if path.suffix == ".npy":
+def is_folder(output: Path) -> bool:
+    """Whether an output is, or is to be, a folder."""
+    return output.is_dir() or not output.suffix
+
+
+def check_target(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raises ValueError if a file of one of these kinds cannot be made there."""
+    if path.suffix.lower() not in suffixes or path.is_dir():
+        raise ValueError(f"{path}: expected a file ending in {', '.join(suffixes)}")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError if a file or folder cannot be made there."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if there != path and not there.is_dir():
+        raise ValueError(f"{path}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{path}: {there} may not be written to")
+
+
+def progress(pairs: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Path]]:
+    """Under a progress bar, if there are several."""
+    return iter(tqdm(pairs, desc="files", disable=len(pairs) < 2))
+
+
+def load_latents(path: Path) -> "tuple[torch.Tensor, torch.Tensor | None]":
+    """(C, h, w) or (B, C, h, w) from .safetensors, .npy or .pt, and the "sigma" in [0, 1] that a file says they have,
+    one or B; nothing in the file is executed."""
+    import torch
+
+    sigma = None
+    if path.suffix.lower() == ".npy":
         try:
             found = torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, OSError, EOFError, TypeError) as error:
@@ -53,32 +104,85 @@ def load_latents(path: Path) -> torch.Tensor:
     else:
         found = read_tensors(path)
         if isinstance(found, dict):
+            sigma = found.get("sigma")
             found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(found))
     if not isinstance(found, torch.Tensor):
         raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(found)[:200]}')
     if found.ndim not in (3, 4):
         raise ValueError(f"{path}: expected latents (C, h, w) or (B, C, h, w), got {tuple(found.shape)}")
-    return found.float()
+    if found.is_complex() or found.layout != torch.strided:
+        raise ValueError(f"{path}: expected plain real numbers, got {found.dtype}, {found.layout}")
+    if sigma is not None:
+        count = len(found) if found.ndim == 4 else 1
+        if not isinstance(sigma, torch.Tensor | float | int):
+            raise ValueError(f'{path}: expected "sigma" to be a number, got {str(sigma)[:200]}')
+        sigma = torch.as_tensor(sigma, dtype=torch.float32).flatten()
+        if len(sigma) not in (1, count) or not ((sigma >= 0) & (sigma <= 1)).all():
+            raise ValueError(
+                f'{path}: expected "sigma" in [0, 1], 1 or {count} of them, got {str(sigma.tolist())[:200]}'
+            )
+    return found.float(), sigma
+
+
+def read_tensors(path: str | Path) -> Any:
+    """What a `.safetensors`, `.pth` or `.pt` file holds: tensors, or containers of them; nothing in it is executed.
+
+    Raises:
+        ValueError: no such file, truncated, of another kind, or it holds pickled code.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a .safetensors, .pth or .pt file, there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused: it is no file of plain tensors, or it holds pickled code") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        detail = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable file of tensors, or truncated ({detail})") from None
 
 
 def load_image(path: Path) -> Image.Image:
+    """An RGB picture."""
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, by the head of the file."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            yield image
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too large to be opened safely: {error}") from None
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # each format has its own
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> "torch.Tensor":
     """(1, 3, H, W) in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def to_image(image: torch.Tensor) -> Image.Image:
+def to_image(image: "torch.Tensor") -> Image.Image:
     """The first of (B, 3, H, W) in [-1, 1]."""
     return Image.fromarray(((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
@@ -92,8 +196,14 @@ def side_by_side(*images: Image.Image) -> Image.Image:
     return picture
 
 
+def check_image_size(path: Path, width: int, height: int) -> None:
+    """Raises ValueError if a picture of that size cannot be saved there."""
+    largest = LARGEST_SIDE.get(path.suffix.lower())
+    if largest is not None and max(width, height) > largest:
+        raise ValueError(f"{path}: {path.suffix} holds at most {largest} px a side, not {width} x {height}: use .png")
+
+
 def save_image(image: Image.Image, path: Path) -> None:
-    path = path if path.suffix else path.with_suffix(".png")
     write_whole(path, lambda file: image.save(file, quality=95))  # PNG, which loses nothing, takes no notice
 
 
@@ -102,21 +212,34 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave its files to their owner alone
         write(temporary)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-class Naming:
-    """Puts the file's name before an error about its content."""
+def usual_mode(folder: Path) -> None:
+    """Give a folder's .safetensors files, which are left to their owner alone, the mode that the umask says."""
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
-    def __init__(self, path: Path):
-        self.path = path
+
+class Naming:
+    """Puts the name of a file or an option before an error about it."""
+
+    def __init__(self, name: Path | str):
+        self.name = name
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ValueError):
-            raise ValueError(f"{self.path}: {error}") from None
+            raise ValueError(f"{self.name}: {error}") from None

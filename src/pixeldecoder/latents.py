@@ -287,7 +287,7 @@ def download(name: str, patterns: list[str] | None = None, **kwargs: Any) -> Pat
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: neither a folder here nor a Hub id
         raise unreachable(name, error) from None
 
 

@@ -74,7 +74,11 @@ def quantize(model: PixelDecoderTransformer2DModel, kind: Quantization) -> None:
     )
     for block in model.modules():
         if isinstance(block, PatchBlock):
-            quantize_(block, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and "adaln" not in name)
+            quantize_(block, config, filter_fn=_is_large)
+
+
+def _is_large(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "adaln" not in name and "lora_" not in name
 
 
 def compile_blocks(model: PixelDecoderTransformer2DModel) -> None:

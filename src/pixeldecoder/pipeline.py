@@ -40,7 +40,7 @@ from pixeldecoder.latents import (
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.plan import plan
+from pixeldecoder.plan import Plan, plan
 from pixeldecoder.presets import (
     HUB_REPOSITORY,
     PRESETS,
@@ -387,7 +387,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                 tile_overlap=tile_overlap, chunk_size=chunk_size, max_memory=max_memory,
                 trained_size=self.config.trained_size, device=device,
             )  # fmt: skip
-            _tell_plan(str(layout))
+            _tell_plan(layout)
 
             # Sampling works in float32 whatever the dtype of the network (method: Sampling).
             if noise is None:
@@ -768,10 +768,15 @@ def _quiet_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@functools.cache
-def _tell_plan(text: str) -> None:
-    """Once for each size and process."""
-    logger.info(text)
+def _tell_plan(layout: Plan) -> None:
+    """Once for each size and way of cutting it, in a process: the memory moves from call to call."""
+    told = layout.height, layout.width, layout.tiles, layout.chunk_size
+    if told not in _TOLD:
+        _TOLD.add(told)
+        logger.info(str(layout))
+
+
+_TOLD: set[tuple] = set()
 
 
 @functools.cache

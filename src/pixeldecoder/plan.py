@@ -301,3 +301,11 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
 def estimate_seconds(chosen: Plan, rates: tuple[float, float], passes: int) -> float:
     """Of `passes` of the network over the image, at rates from `measure_rates`."""
     return OVERHEAD * passes * (chosen.matrix_flops / rates[0] + chosen.attention_flops / rates[1])
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "0.4 s", "45 s", "3 min", "2.5 h"."""
+    for unit, length in ("h", 3600), ("min", 60):
+        if seconds >= 1.5 * length:
+            return f"{float(f'{seconds / length:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"

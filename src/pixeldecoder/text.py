@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pixeldecoder.files import write_whole
 from pixeldecoder.presets import TEXT_ENCODER, is_hub_id
 
 logger = logging.get_logger(__name__)
@@ -138,14 +139,16 @@ class PromptEncoder:
                     )
                 bits = {"8bit": dict(load_in_8bit=True), "4bit": dict(load_in_4bit=True)}[self.quantization]
                 kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": device})
-            from pixeldecoder.latents import unreachable
+            from pixeldecoder.latents import download, unreachable
 
             name = os.path.expanduser(self.name)
             if not Path(name).is_dir() and is_hub_id(name) and not try_to_load_from_cache(name, "config.json"):
                 logger.warning(f"fetching the text encoder {name} from https://huggingface.co, about 5 GB")
+            # First all of it: transformers would ask for each file five times of a Hub that cannot be reached.
+            folder = name if Path(name).is_dir() else download(name, ["*.json", "*.safetensors", "tokenizer*"])
             try:
-                tokenizer = AutoTokenizer.from_pretrained(name)
-                model = AutoModel.from_pretrained(name, dtype=dtype, **kwargs)
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                model = AutoModel.from_pretrained(folder, dtype=dtype, **kwargs)
             except OSError as error:
                 raise unreachable(self.name, error) from None
             model = model if self.quantization else model.to(device)
@@ -166,13 +169,8 @@ def prompt_cache() -> Path:
 
 def save_prompt_embeds(embeds: torch.Tensor, path: Path, prompt: str = "") -> None:
     """Prompt embeddings (B, T, Dt) to a .safetensors file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({"prompt_embeds": embeds.contiguous()}, temporary, metadata={"prompt": prompt})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tensors = {"prompt_embeds": embeds.contiguous()}
+    write_whole(path, lambda file: save_file(tensors, file, metadata={"prompt": prompt}))
 
 
 def load_prompt_embeds(path: Path) -> torch.Tensor:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from pixeldecoder.evaluation.metrics import psnr
-from pixeldecoder.files import to_image, write_whole
+from pixeldecoder.files import to_image, usual_mode, write_whole
 from pixeldecoder.latents import add_noise
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -340,6 +340,7 @@ def export(config: Run, stage: StudentStage | TeacherStage, average: Average) ->
             if encoder:
                 pipeline.register_to_config(encoder_name=encoder)
             pipeline.save_pretrained(config.export, max_shard_size="5GB")
+    usual_mode(config.export)
     write_yaml(config, config.export / "training.yaml")
 
 

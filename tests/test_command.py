@@ -1,0 +1,346 @@
+"""The command around its commands: what it says and returns when something is wrong, its help, its start."""
+
+import dataclasses
+import logging
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pixeldecoder import __version__, cli
+from pixeldecoder.cli import EXTRAS, main
+from pixeldecoder.options import parse
+from pixeldecoder.plan import duration
+
+
+@pytest.fixture(autouse=True)
+def _there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def one_line(capsys) -> str:
+    """What was said, which is one line on stderr."""
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("pixeldecoder: ") and error.count("\n") == 1, error
+    return error.removeprefix("pixeldecoder: ").rstrip()
+
+
+def raising(error):
+    def run(self):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("this and\n  that"), "this and that"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (SafetensorError("Error while serializing: I/O error"), "Error while serializing: I/O error"),
+        (MemoryError(), "out of memory: try --max-memory (such as 6GB) or a smaller --tile (MemoryError)"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try --max-memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "out of memory: try --max-memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "out of memory: try --max-memory"),
+        (OSError(12, "Cannot allocate memory"), "out of memory: try --max-memory"),
+        (ModuleNotFoundError("No module named 'jinja2'", name="jinja2"), "pip install 'pixeldecoder[evaluate]'"),
+        (ModuleNotFoundError("No module named 'yaml.x'", name="yaml.x"), "pip install 'pixeldecoder[train]'"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "pip install 'pixeldecoder[lora]'"),
+        (ModuleNotFoundError("No module named 'foo'", name="foo"), "No module named 'foo'"),
+        (ImportError("AutoencoderX requires the sentencepiece library"), "requires the sentencepiece library"),
+        (torch._inductor.exc.InvalidCxxCompiler(), "--compile does not work here: No working C++ compiler found"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, line, monkeypatch, capsys):
+    monkeypatch.setattr(cli.Demo, "run", raising(error))
+    assert main(["demo"]) == 2
+    assert line in one_line(capsys)
+
+
+def test_the_allocators_own_error(monkeypatch, capsys):
+    monkeypatch.setattr(cli.Demo, "run", lambda self: torch.empty(2**60, dtype=torch.int8))
+    assert main(["demo"]) == 2
+    assert one_line(capsys).startswith("out of memory: try --max-memory")
+
+
+def test_training_has_other_remedies(monkeypatch, capsys):
+    for error, line in (
+        (MemoryError(), "out of memory: try a smaller --micro-batch-size (MemoryError)"),
+        (
+            ModuleNotFoundError("No module named 'peft'", name="peft"),
+            "No module named 'peft': pip install 'pixeldecoder[train]'",
+        ),
+    ):
+        monkeypatch.setattr(cli, "run_training", lambda *_, error=error: raising(error)(None))
+        for args in ["train", "teacher"], ["distill"]:
+            assert main(args) == 2
+            assert one_line(capsys) == line
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    for error in ZeroDivisionError(), RuntimeError("a tensor of another size"), KeyError("name"):
+        monkeypatch.setattr(cli.Demo, "run", raising(error))
+        with pytest.raises(type(error)):
+            main(["demo"])
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    monkeypatch.setattr(cli.Demo, "run", raising(KeyboardInterrupt()))
+    assert main(["demo"]) == 130
+    assert one_line(capsys) == "interrupted"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["plan", "--help"], ["--version"]])
+def test_a_closed_pipe_is_silent(args):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pixeldecoder", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait() == 128 + 13
+    child.stderr.close()
+
+
+def test_every_module_of_an_extra_names_it():
+    """A package's modules are called like itself, but for these."""
+    called = {"open-clip-torch": "open_clip", "pyyaml": "yaml", "torch-fidelity": "torch_fidelity"}
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    for extra, modules in EXTRAS.items():
+        names = [re.split(r"[>\[]", package)[0] for package in project["optional-dependencies"][extra]]
+        assert sorted(modules) == sorted(called.get(name, name) for name in names if name != "pixeldecoder")
+    assert set(project["optional-dependencies"]) == {*EXTRAS, "test"}
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ("", "no command; expected one of demo, decode,"),
+        ("decod a b", 'no command "decod", did you mean "decode"? Expected one of demo, decode,'),
+        ("--seed 1 decode", 'no command "--seed"'),
+        ("decode", "Missing from pixeldecoder decode: SOURCE OUTPUT (see pixeldecoder decode --help)"),
+        ("plan 100", "Missing from pixeldecoder plan: HEIGHT (see pixeldecoder plan --help)"),
+        ("train", "Missing from pixeldecoder train: {prior,teacher} (see pixeldecoder train --help)"),
+        ("decode a b c", "Unrecognized options: c (see pixeldecoder decode --help)"),
+        ("decode a b --sgima 3", "Unrecognized options: --sgima, 3; Perhaps you meant: --sigma FLOAT (see"),
+        (
+            "train teacher --data.sorce x",
+            "Unrecognized options: --data.sorce, x; Perhaps you meant: --data.source STR (see",
+        ),
+        ("decode a b --steps x", "Error parsing --steps: no type matching INT could be instantiated from ['x']. (see"),
+        ("decode a b --sigma", "Missing value for argument '--sigma'. Expected 1 values. (see"),
+        ("decode a b --dtype int", "invalid choice 'int' for argument '--dtype'. Expected one of ('auto', 'float32',"),
+        ("train teacher --recipe none", "--recipe none: expected paper or nano"),
+        ("train teacher --recipe", "argument --recipe: expected one argument (see pixeldecoder train teacher --help)"),
+        ("distill --config none.yaml", "none.yaml"),
+    ],
+)
+def test_a_command_line_that_is_wrong(args, line, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")  # the box that tyro draws is narrower than its lines
+    monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", True)
+    assert main(args.split()) == 2
+    assert line in one_line(capsys)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_whatever_the_frame_is_drawn_with(encoding):
+    child = subprocess.run(
+        [sys.executable, "-m", "pixeldecoder", "decode", "a", "b", "--sgima", "1"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert child.returncode == 2 and child.stdout == ""
+    assert child.stderr == (
+        "pixeldecoder: Unrecognized options: --sgima, 1; Perhaps you meant: --sigma FLOAT "
+        "(see pixeldecoder decode --help)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ("decode z.pt a.png --seed 99999999999999999999999", "--seed 99999999999999999999999: expected a whole number"),
+        ("decode z.pt a.png --seed -1", "--seed -1: expected a whole number from 0 to 2^63 - 1"),
+        ("decode z.pt a.png --steps 0", "--steps 0: expected at least 1"),
+        ("decode z.pt a.png --sigma nan", "--sigma nan: expected a noise level in [0, 1]"),
+        ("decode z.pt a.png --tile -5", '--tile -5: expected "auto", "none" or a side in pixels'),
+        ("decode z.pt a.png --tile-overlap -1", "--tile-overlap -1: expected 0 pixels or more"),
+        ("decode z.pt a.png --max-memory 0GB", '--max-memory 0GB: expected bytes, or a size such as "6GB"'),
+        ("decode z.pt a.png --max-memory 6XB", '--max-memory 6XB: expected bytes, or a size such as "6GB"'),
+        ("decode z.pt a.png --decoder nanoo", 'no decoder "nanoo": expected "nano", a folder or a checkpoint file'),
+        ("decode z.pt a.png --lora none", "--lora none: expected a file, a folder or a Hub id (owner/name)"),
+        ("decode z.pt a.png --save-prompt-embeds p.pt", "p.pt: expected a file ending in .safetensors"),
+        ("decode none.pt a.png", "none.pt: no such file or folder"),
+        ("upscale none.png a.png", "none.png: no such file or folder"),
+        ("upscale text.png a.png", "text.png: not a readable image"),
+        ("upscale text.png a.png --sigma 2", "--sigma 2.0: expected a noise level in [0, 1]"),
+        ("encode none.png a.safetensors", "none.png: no such file or folder"),
+        ("encode text.png a.png", "a.png: expected a file ending in .safetensors, or a folder"),
+        ("generate cat a.gif --model no/model", "a.gif: expected a file ending in .png, .webp, .jpg, .jpeg"),
+        ("generate cat a.png --model nothere", "--model nothere: expected a folder or a Hub id (owner/name)"),
+        ("generate cat a.png --model no/model --lora x", "--lora x: expected a folder or a Hub id (owner/name)"),
+        ("generate cat a.png --model no/model --height 0", "--height 0: expected at least 1"),
+        ("generate cat a.png --model no/model --latent-steps 0", "--latent-steps 0: expected at least 1"),
+        ("generate cat a.png --model no/model --images 0", "--images 0: expected at least 1"),
+        ("generate cat a.png --model no/model --save-latents z", "z: expected a file ending in .safetensors"),
+        ("generate cat a.png --model no/model --pipeline-args {", "--pipeline-args {: expected a JSON object"),
+        ("generate cat a.png --model no/model --pipeline-args []", "--pipeline-args []: expected a JSON object"),
+        ("plan 0 100", "0 x 100 px, batch 1: expected at least 1"),
+        ("plan 100 100 --batch 0", "100 x 100 px, batch 0: expected at least 1"),
+        ("plan 100 100 --seed 1", "Unrecognized options: --seed, 1"),
+        ("plan 100 100 --compile", "Unrecognized options: --compile"),
+        ("convert none.pth folder", "none.pth: no such file or folder"),
+        ("convert text.png a.pth", "a.pth: a reference checkpoint becomes a folder: give a name without suffix"),
+        ("convert here there", "there: expected a file ending in .pth, .safetensors"),
+        ("demo --decoder no/where", "the demo's latents are nano's"),
+        ("demo --output text.png", "text.png is not a folder"),
+        ("benchmark --repeats 0", "--repeats 0: expected at least 1"),
+        ("benchmark --max-memory x", "--max-memory x: expected bytes"),
+        ("benchmark --decoder x", 'no decoder "x"'),
+        ("benchmark --output text.png", "text.png/benchmark.json: "),
+        ("evaluate here --output text.png", "text.png/report.html: "),
+        ("evaluate here --limit 0", "--limit 0: expected at least 1"),
+        ("evaluate here --crop 0", "--crop 0: expected at least 1"),
+        ("evaluate here --steps 4 0", "--steps 0: expected at least 1"),
+        ("compare text.png text.png", "text.png: not a readable image"),
+        ("compare text.png text.png --output here", "here: expected a file ending in .html"),
+        ("judge here --url u --model m --limit 0", "--limit 0: expected at least 1"),
+        ("evaluate here --decoders x", 'no decoder "x"'),
+        ("evaluate here --tile x", "--tile x: expected"),
+        ("evaluate here --pipeline-args 1", "--pipeline-args 1: expected a JSON object"),
+    ],
+)
+def test_inputs_that_are_wrong(args, line, capsys):
+    os.mkdir("here")
+    Path("text.png").write_text("no picture")
+    torch.save(torch.zeros(16, 2, 3), "z.pt")
+    before = sorted(os.listdir())
+    assert main(args.split()) == 2
+    assert line in one_line(capsys)
+    assert sorted(os.listdir()) == before
+
+
+def test_nothing_heavy_is_imported_to_say_no():
+    """Nor to help, nor for what reads files without a tensor in them."""
+    Path("text.png").write_text("no picture")
+    lines = [
+        "--version", "--help", "decode --help", "train teacher --help", "distill --help", "decode none.pt a.png",
+        "upscale none.png a.png", "upscale text.png a.png", "encode text.png z.safetensors", "plan 0 0",
+        "plan 100 100 --tile x", "decode text.png a.png --decoder x", "train teacher --recipe x",
+        "evaluate x --seed -1", "generate cat a.png --model none", "convert none.pth x", "demo --decoder x",
+        "benchmark --steps 0",
+    ]  # fmt: skip
+    code = "import sys; from pixeldecoder.cli import main\nfor line in sys.argv[1:]: main(line.split())\n"
+    code += "sys.exit(str({'torch', 'diffusers', 'transformers'} & set(sys.modules) or ''))"
+    child = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True)
+    assert child.returncode == 1 and child.stderr.endswith("\n\n")  # '', so none of them
+    assert child.stderr.count("pixeldecoder: ") == len(lines) - 5
+
+
+def test_libraries_are_silent():
+    """With every extra installed, on what the package brings: stderr holds our own line alone."""
+    save_file({"latents": torch.randn(16, 2, 3)}, "z.safetensors")
+    child = subprocess.run(
+        [sys.executable, "-m", "pixeldecoder", "decode", "z.safetensors", "a.png", "--steps", "1"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert child.stdout == "a.png\n" and child.returncode == 0
+    assert re.fullmatch(r"96 x 64 px, whole, \d+ patches at a time, [\d.]+ GB of memory\n", child.stderr), child.stderr
+
+
+def test_our_own_warnings_are_not(capsys, monkeypatch):
+    ours = logging.getLogger("pixeldecoder.text")
+    monkeypatch.setattr(cli.Demo, "run", lambda self: ours.warning("the prompt was cut"))
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().err == "the prompt was cut\n"
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pixeldecoder {__version__}\n"
+    assert main(["--help"]) == 0
+    assert "pixeldecoder --version" in capsys.readouterr().out
+
+
+def help_of(name, capsys) -> str:
+    assert main([*name.split(), "--help"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, "train prior", "train teacher"])
+def test_help(name, capsys, monkeypatch):
+    """Every argument has a text, in flowing lines; what is required comes first; no file that a wheel has not."""
+    monkeypatch.setenv("COLUMNS", "1000" if name in set(cli.COMMANDS) - {"distill"} else "110")  # one column
+    text = help_of(name, capsys)
+    rows = re.findall(r"^[│ ] (\S.*?)(?: {2,}|\s*[│ ]\n[│ ] {5,})(\S.*?) *[│ ]$", text, re.MULTILINE)
+    if name in set(cli.COMMANDS) - {"distill"}:  # whose settings are in parts
+        assert len(rows) == len(dataclasses.fields(cli.COMMANDS[name])) + 1 - 2 * (name == "plan")
+    assert all(re.search(r"[a-z]", told.partition("(")[0]) for _, told in rows), rows
+    assert "docs/" not in text and "(default: None)" not in text and "(default: )" not in text
+    kinds = [("required" in told, called) for called, told in rows if called.startswith("--")]
+    assert kinds == sorted(kinds, key=lambda kind: not kind[0])
+    assert "Example: pixeldecoder" in text or name.startswith(("train ", "distill"))
+
+
+def test_help_of_what_is_easily_mixed_up(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(help_of("generate", capsys).replace("│", "").split())
+    assert "PROMPT What to make: for the latent model, and for the decoder if it reads text." in text
+    assert "--prompt STR For the decoder alone, in place of PROMPT." in text
+    assert "LoRA for the latent model" in text and "usage: pixeldecoder generate" in text
+    text = " ".join(help_of("decode", capsys).replace("│", "").split())
+    assert "--lora PATH[:STRENGTH] A LoRA of the decoder" in text
+    text = help_of("plan", capsys)
+    assert "WIDTH HEIGHT" in text and "--seed" not in text and "--compile" not in text
+
+
+@dataclasses.dataclass(kw_only=True)
+class Base:
+    late: int = 3
+    """A text that
+    is broken; "and": so on."""
+    nothing: int | None = None
+    """By default nothing."""
+    something: int | None = 1
+    """Or nothing."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Own(Base):
+    """Own."""
+
+    mine: float = 0.5
+    """Mine."""
+    needed: str
+    """Needed."""
+    unseen: int = dataclasses.field(default=7, init=False)
+
+
+def test_options(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse(Own, ["--help"], "own")
+    text = capsys.readouterr().out
+    assert 'A text that is broken; "and": so on. (default: 3)' in text and "By default nothing.  " in text
+    assert text.index("--needed") < text.index("--mine") < text.index("--late") and "unseen" not in text
+    assert parse(Own, ["--needed", "x", "--nothing", "4"], "own") == Own(needed="x", nothing=4)
+    assert parse(Own, ["--needed", "x", "--something", "None"], "own").something is None
+    default = Own(needed="y", mine=2.5, late=9)
+    assert parse(Own, ["--late", "1"], "own", default) == Own(needed="y", mine=2.5, late=1)
+    with pytest.raises(ValueError, match=r"^Error parsing --nothing.*\(see own --help\)$"):
+        parse(Own, ["--needed", "x", "--nothing", "None"], "own")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.234, "0.23 s"), (4.96, "5 s"), (44.9, "45 s"), (89, "89 s"), (90, "1.5 min"), (203, "3.4 min"),
+        (1860, "31 min"), (5399, "90 min"), (5400, "1.5 h"), (360_000, "100 h"),
+    ],
+)  # fmt: skip
+def test_durations_that_people_read(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,165 @@
+"""Files whole or not at all, of the usual mode; inputs with their outputs, or what is wrong with them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pixeldecoder import files
+
+
+@pytest.fixture(autouse=True)
+def _there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def fails_half_way(path):
+    path.write_text("half of")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["image.png", "latents.safetensors", "report.json", "results.csv"])
+def test_whole_or_not_at_all(name):
+    Path(name).write_text("the old one")
+    with pytest.raises(OSError, match="No space left"):
+        files.write_whole(Path(name), fails_half_way)
+    assert Path(name).read_text() == "the old one" and os.listdir() == [name]
+    files.write_whole(Path(name), lambda path: path.write_text("the new one"))
+    assert Path(name).read_text() == "the new one" and os.listdir() == [name]
+
+
+def test_an_image_that_cannot_be_written_leaves_the_old_one(monkeypatch):
+    files.save_image(Image.new("RGB", (8, 8), "red"), Path("a.png"))
+    monkeypatch.setattr(Image.Image, "save", lambda image, file, **_: fails_half_way(file))
+    with pytest.raises(OSError, match="No space left"):
+        files.save_image(Image.new("RGB", (8, 8), "blue"), Path("a.png"))
+    assert Image.open("a.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_mode_is_what_the_umask_says(umask):
+    before = os.umask(umask)
+    try:
+        files.write_whole(Path("z.safetensors"), lambda path: save_file({"latents": torch.zeros(1)}, path))
+        files.write_whole(Path("a.json"), lambda path: path.write_text("{}"))
+        Path("folder/deep").mkdir(parents=True, mode=0o755)
+        save_file({"x": torch.zeros(1)}, "folder/deep/weights.safetensors")  # for its owner alone, as libraries have it
+        files.usual_mode(Path("folder"))
+    finally:
+        os.umask(before)
+    names = ("z.safetensors", "a.json", "folder/deep/weights.safetensors")
+    assert [Path(name).stat().st_mode & 0o777 for name in names] == [0o666 & ~umask] * 3
+    assert os.listdir("folder") == ["deep"]
+
+
+def test_jpeg_of_quality_95():
+    """The luminance of lowest frequency is quantised by 16 at quality 50, by (100 - 95) / 50 of it at 95."""
+    files.save_image(Image.effect_noise((32, 32), 60).convert("RGB"), Path("a.jpg"))
+    assert Image.open("a.jpg").quantization[0][0] == 2
+
+
+def jobs(source, output):
+    pairs = files.jobs(Path(source), Path(output), files.IMAGE_SUFFIXES, files.IMAGE_SUFFIXES, "png")
+    return [(str(path), str(target)) for path, target in pairs]
+
+
+def test_where_outputs_go():
+    for name in "photo.jpg", "in/b.PNG", "in/a.jpg", "in/notes.txt", "v1.5/old.png":
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert jobs("photo.jpg", "large.webp") == [("photo.jpg", "large.webp")]
+    assert jobs("photo.jpg", "new") == jobs("photo.jpg", "new/") == [("photo.jpg", "new/photo.png")]
+    assert jobs("photo.jpg", "v1.5") == [("photo.jpg", "v1.5/photo.png")]  # it is there, whatever it is called
+    assert jobs("in", "out") == [("in/a.jpg", "out/a.png"), ("in/b.PNG", "out/b.png")]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "message"),
+    [
+        ("none.jpg", "a.png", "none.jpg: no such file or folder"),
+        ("notes.txt", "a.png", "notes.txt: expected one of .png, .webp, .jpg, .jpeg, got '.txt'"),
+        ("photo.jpg", "a.gif", "a.gif: expected an image ending in .png, .webp, .jpg, .jpeg, or a folder"),
+        ("twice", "out", "twice: several files would become a.png: rename one"),
+        ("empty", "out", "empty: expected files ending in .png, .webp, .jpg, .jpeg, found none"),
+        ("one", "out.png", "out.png is a file: a folder of inputs needs a folder as output"),
+        ("one", "notes", "notes is a file: a folder of inputs needs a folder as output"),
+        ("photo.jpg", "photo.jpg", "photo.jpg would overwrite its input: give another output"),
+        ("one", "one", "one/a.png would overwrite its input: give another output"),
+        ("photo.jpg", "notes.txt/a.png", "notes.txt/a.png: {here}/notes.txt is not a folder"),
+        ("photo.jpg", "notes/deep/a.png", "notes/deep/a.png: {here}/notes is not a folder"),
+    ],
+)
+def test_bad_paths(source, output, message):
+    for name in "photo.jpg", "notes.txt", "notes", "twice/a.jpg", "twice/a.png", "one/a.png":
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    os.mkdir("empty")
+    before = sorted(map(str, Path().rglob("*")))
+    with pytest.raises(ValueError, match=f"^{message.format(here=os.getcwd())}".replace(".", r"\.")):
+        jobs(source, output)
+    assert sorted(map(str, Path().rglob("*"))) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to():
+    os.mkdir("closed", 0o555)
+    with pytest.raises(ValueError, match="closed may not be written to"):
+        files.check_writable(Path("closed/new/a.png"))
+
+
+def test_what_a_format_cannot_hold():
+    files.check_image_size(Path("a.png"), 70_000, 10)
+    files.check_image_size(Path("a.webp"), 16_383, 16_383)
+    for name, width, height in ("a.webp", 10, 16_384), ("a.JPG", 65_501, 10):
+        with pytest.raises(ValueError, match="holds at most"):
+            files.check_image_size(Path(name), width, height)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sigma"),
+    [
+        ({"latents": torch.ones(2, 3, 4)}, None),
+        ({"latents": torch.ones(2, 3, 4), "sigma": torch.tensor(0.25)}, [0.25]),
+        ({"latents": torch.ones(2, 5, 3, 4), "sigma": torch.tensor([0.25, 0.5])}, [0.25, 0.5]),
+    ],
+)
+def test_latents_with_their_sigma(tensors, sigma):
+    for path, save in (Path("z.safetensors"), save_file), (Path("z.pt"), torch.save):
+        save(tensors, path)
+        latents, found = files.load_latents(path)
+        assert torch.equal(latents, tensors["latents"])
+        assert (found if found is None else found.tolist()) == sigma
+
+
+def test_latents_that_are_no_plain_numbers():
+    for tensors, message in (
+        ({"latents": torch.ones(2, 3, 4), "sigma": "0.5"}, 'expected "sigma" to be a number, got 0.5'),
+        (torch.ones(2, 3, 4, dtype=torch.complex64), "expected plain real numbers, got torch.complex64"),
+        (torch.ones(2, 3, 4).to_sparse(), "expected plain real numbers"),
+    ):
+        torch.save(tensors, "z.pt")
+        with pytest.raises(ValueError, match=f"z.pt: {message}"):
+            files.load_latents(Path("z.pt"))
+
+
+@pytest.mark.parametrize("sigma", [torch.tensor(1.5), torch.tensor(float("nan")), torch.zeros(3)])
+def test_latents_with_a_bad_sigma(sigma):
+    save_file({"latents": torch.ones(2, 5, 3, 4), "sigma": sigma}, "z.safetensors")
+    with pytest.raises(ValueError, match=r'z.safetensors: expected "sigma" in \[0, 1\], 1 or 2 of them'):
+        files.load_latents(Path("z.safetensors"))
+
+
+def test_pictures_that_are_none():
+    Path("text.png").write_text("no picture")
+    Path("empty.jpg").touch()
+    os.mkdir("folder.png")
+    for name in "text.png", "empty.jpg":
+        for read in files.load_image, files.image_size:
+            with pytest.raises(ValueError, match=f"{name}: not a readable image"):
+                read(Path(name))
+    for name in "none.png", "folder.png":
+        with pytest.raises(ValueError, match=f"{name}: no such file"):
+            files.load_image(Path(name))
