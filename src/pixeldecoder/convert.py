@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pixeldecoder.files import read_tensors, write_whole
-from pixeldecoder.models.base import check_fit, listing
+from pixeldecoder.models.folder import check_fit, listing
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import PRESETS, Preset, find_preset
 

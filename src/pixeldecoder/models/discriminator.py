@@ -5,7 +5,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from pixeldecoder.models.base import FolderMixin
+from pixeldecoder.models.folder import FolderMixin
 
 
 class PixelDecoderDiscriminator(FolderMixin, ModelMixin, ConfigMixin):

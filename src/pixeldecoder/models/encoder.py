@@ -5,7 +5,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import EncoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 
-from pixeldecoder.models.base import FolderMixin
+from pixeldecoder.models.folder import FolderMixin
 
 
 class TinyLatentEncoder(FolderMixin, ModelMixin, ConfigMixin):

@@ -19,7 +19,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from pixeldecoder.models.adapter import LatentFeatures, SigmaAwareAdapter, SigmaGate
-from pixeldecoder.models.base import FolderMixin
+from pixeldecoder.models.folder import FolderMixin
 from pixeldecoder.models.layers import (
     EPS,
     PatchBlock,
