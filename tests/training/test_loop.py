@@ -633,8 +633,6 @@ def test_command_line_overrides_the_file(teacher, tmp_path, capsys):
     write_yaml(teacher, tmp_path / "run.yaml")
     assert main(["train", "teacher", "--config", str(tmp_path / "run.yaml"), "--steps", "1"]) == 0
     assert capsys.readouterr().out.strip().endswith("step_00000001")
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "teacher", "--stepz", "1"])
-    assert exit_.value.code == 2
+    assert main(["train", "teacher", "--stepz", "1"]) == 2
     assert main(["train", "teacher", "--recipe", "huge"]) == 2
     assert "expected paper or nano" in capsys.readouterr().err

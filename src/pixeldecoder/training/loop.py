@@ -116,7 +116,7 @@ def _train(config: Run, checkpoints: Checkpoints, changed: list[str], source: Fo
         validation = load_validation(config, stage.model, source, accelerator.device) if config.validate_every else None
         log = Log(config, accelerator, step)
     hidden = not is_main() or step >= config.steps
-    bar = tqdm(total=config.steps, initial=step, disable=hidden, dynamic_ncols=True)
+    bar = tqdm(total=config.steps, initial=step, disable=hidden, dynamic_ncols=True, delay=0)
     try:
         while step < config.steps:
             current = list(islice(stream, accumulated))
