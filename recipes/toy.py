@@ -152,18 +152,28 @@ def main(config: Config) -> None:
         "no gate, 25 steps, sigma .6": measure(config, truth, gateless, 25, sigma=0.6),
         "without latents, 25 steps": measure(config, truth, prior, 25, with_latents=False),
     }
+    means = {name: tuple(values.mean().item() for values in row) for name, row in rows.items()}
     print(f"\n{'':42} {'PSNR':>7} {'SqueezeNet distance':>20}   ({len(truth)} crops of {SIZE} px)")
-    for name, (psnr, distance) in rows.items():
+    for name, (psnr, distance) in means.items():
         print(f"{name:42} {psnr:7.2f} {distance:20.4f}")
+    print("differences, with their standard errors over the photos:")
+    for one, other in (
+        ("teacher, 25 steps", "no gate, 25 steps"),
+        ("teacher, 25 steps, sigma .6", "no gate, 25 steps, sigma .6"),
+        ("student, 4 steps", "teacher, 4 steps of the student's sampler"),
+    ):
+        photos = [(a - b).unflatten(0, (-1, 4)).mean(dim=1) for a, b in zip(rows[one], rows[other], strict=True)]
+        psnr, distance = (f"{x.mean():.4f} +- {x.std() / len(x) ** 0.5:.4f}" for x in photos)
+        print(f"{one} - {other}: PSNR {psnr}, distance {distance}")
     print(f"{(time.time() - begun) / 60:.1f} minutes, {torch.get_num_threads()} threads, seed {config.seed}")
-    (config.out / "table.json").write_text(json.dumps(rows, indent=1))
+    (config.out / "table.json").write_text(json.dumps(means, indent=1))
 
     psnr, distance = 0, 1
-    assert rows["student, 4 steps"][distance] < rows["teacher, 4 steps"][distance], "distillation"
-    gated, without = rows["teacher, 25 steps, sigma .6"], rows["no gate, 25 steps, sigma .6"]
+    assert means["student, 4 steps"][distance] < means["teacher, 4 steps"][distance], "distillation"
+    gated, without = means["teacher, 25 steps, sigma .6"], means["no gate, 25 steps, sigma .6"]
     assert gated[psnr] > without[psnr], "the gate at sigma .6"
-    assert rows["teacher, 25 steps"][psnr] > gated[psnr], "clean latents"
-    assert gated[psnr] > rows["without latents, 25 steps"][psnr], "latents"
+    assert means["teacher, 25 steps"][psnr] > gated[psnr], "clean latents"
+    assert gated[psnr] > means["without latents, 25 steps"][psnr], "latents"
 
 
 def crops(path: Path) -> torch.Tensor:
@@ -177,8 +187,8 @@ def crops(path: Path) -> torch.Tensor:
 @torch.no_grad()
 def measure(
     config: Config, truth: torch.Tensor, folder: Path, steps: int, sigma: float = 0.0, with_latents: bool = True
-) -> tuple[float, float]:
-    """Mean PSNR and mean distance; the same noise for every decoder."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PSNR and distance of each crop; the same noise for every decoder."""
     pipeline = PixelDecoderPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images = []
@@ -197,7 +207,7 @@ def measure(
         images.append(pipeline(**kwargs).images * 2 - 1)
     decoded = torch.cat(images).float()
     psnr = 10 * torch.log10(4 / (decoded - truth).square().mean(dim=(1, 2, 3)))
-    return psnr.mean().item(), SqueezeNetDistance(config.squeezenet)(decoded, truth).mean().item()
+    return psnr, SqueezeNetDistance(config.squeezenet)(decoded, truth).flatten()
 
 
 if __name__ == "__main__":
