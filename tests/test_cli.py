@@ -785,7 +785,8 @@ def test_convert_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, capsy
     assert os.listdir() == ["model.pth"]
 
 
-def test_options_of_plan(decoder, capsys):
+def test_options_of_plan(decoder, capsys, monkeypatch):
+    monkeypatch.setattr("pixeldecoder.plan.measure_rates", lambda *_: (1e9, 1e9))  # seconds each
     common = ["plan", "1000", "500", "--decoder", decoder, "--device", "cpu", "--dtype", "float32"]
 
     def told(*options):
