@@ -673,4 +673,7 @@ STAGES = {
 
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
+    for path in (config.taef1, config.taef1.with_name("taef1_decoder.safetensors"), config.squeezenet):
+        if path is not None and not path.is_file():
+            raise SystemExit(f"{path}: no such file")
     STAGES[config.stage](config)

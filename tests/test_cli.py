@@ -451,7 +451,7 @@ def test_what_is_written_is_told(run, capsys):
         assert run(*args) == 0
         assert capsys.readouterr().out.splitlines() == told and all(map(os.path.isfile, told))
     assert run("upscale", "in", "all.png", *fast) == 2
-    assert "all.png is a file: a folder of inputs needs a folder as output" in capsys.readouterr().err
+    assert "all.png: a folder of inputs needs a folder as output" in capsys.readouterr().err
 
 
 @pytest.fixture

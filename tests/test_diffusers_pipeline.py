@@ -416,3 +416,14 @@ def test_sequential_offload(gemma):
     torch.testing.assert_close(pipeline.upscale(photo, generator=seeded(), **given).images, exact)
     torch.testing.assert_close(pipeline.encode_image(photo), latents)
     assert pipeline.encode_prompt("a cat")[0].device.type == "cpu"
+
+
+def test_parts_may_be_on_other_devices_than_the_network(gemma, monkeypatch):
+    """As where the network's blocks take turns on a device: what encodes does so where it is."""
+    pipeline = with_text(gemma, encoder=TinyLatentEncoder(channels=8, num_blocks=(0, 0, 0, 1)).eval())
+    photo = Image.effect_noise((32, 48), 50).convert("RGB")
+    latents, (embeds, _) = pipeline.encode_image(photo), pipeline.encode_prompt("a cat")
+    elsewhere = property(lambda self: torch.device("meta"))
+    monkeypatch.setattr(type(pipeline), "_execution_device", elsewhere)
+    assert torch.equal(pipeline.encode_image(photo), latents)
+    assert torch.equal(pipeline.encode_prompt("a cat")[0], embeds)

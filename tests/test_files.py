@@ -84,8 +84,8 @@ def test_where_outputs_go():
         ("photo.jpg", "a.gif", "a.gif: expected an image ending in .png, .webp, .jpg, .jpeg, or a folder"),
         ("twice", "out", "twice: several files would become a.png: rename one"),
         ("empty", "out", "empty: expected files ending in .png, .webp, .jpg, .jpeg, found none"),
-        ("one", "out.png", "out.png is a file: a folder of inputs needs a folder as output"),
-        ("one", "notes", "notes is a file: a folder of inputs needs a folder as output"),
+        ("one", "out.png", "out.png: a folder of inputs needs a folder as output, whose name has no suffix"),
+        ("one", "notes", "notes is a file: a folder of inputs needs a folder as output, whose name has no suffix"),
         ("photo.jpg", "photo.jpg", "photo.jpg would overwrite its input: give another output"),
         ("one", "one", "one/a.png would overwrite its input: give another output"),
         ("photo.jpg", "notes.txt/a.png", "notes.txt/a.png: {here}/notes.txt is not a folder"),
@@ -137,6 +137,8 @@ def test_latents_with_their_sigma(tensors, sigma):
 def test_latents_that_are_no_plain_numbers():
     for tensors, message in (
         ({"latents": torch.ones(2, 3, 4), "sigma": "0.5"}, 'expected "sigma" to be a number, got 0.5'),
+        ({"latents": torch.ones(2, 3, 4), "sigma": torch.tensor(0.5 + 0.1j)}, 'expected "sigma" to be a real number'),
+        ({1: torch.ones(2), "a": torch.ones(2)}, 'expected one tensor, or one called "latents"'),
         (torch.ones(2, 3, 4, dtype=torch.complex64), "expected plain real numbers, got torch.complex64"),
         (torch.ones(2, 3, 4).to_sparse(), "expected plain real numbers"),
     ):

@@ -344,6 +344,8 @@ LATENTS = torch.randn(1, 16, 2, 2)
         ((LATENTS,), {"sigmas": [0.2, 0.9]}, "falling"),
         ((LATENTS,), {"sigmas": [0.9, 0.9, 0.5]}, "3 falling sigmas"),
         ((LATENTS,), {"sigmas": [0.9, 0.0]}, "2 falling sigmas"),
+        ((LATENTS,), {"sigmas": []}, "0 falling sigmas"),
+        ((LATENTS,), {"sigmas": torch.tensor([0.2, 0.9])}, "2 falling sigmas"),
         ((LATENTS,), {"sigmas": [1.1, 0.9]}, "2 falling sigmas"),
         ((LATENTS,), {"sigmas": [float("nan")]}, "1 falling sigmas"),
         ((LATENTS,), {"sigma": "much"}, r"sigma in \[0, 1\], one or one for each image, got 'much'"),

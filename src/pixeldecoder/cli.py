@@ -101,9 +101,12 @@ class Execution:
             return pipeline
         if must_offload(model, target, self.max_memory):
             print("the weights take turns on the device: slower, but they fit", file=sys.stderr)
-            model.enable_group_offload(target, offload_type="block_level", num_blocks_per_group=1, use_stream=True)
-            if pipeline.encoder is not None:
-                pipeline.encoder.to(target)
+            model.enable_group_offload(
+                target, offload_type="block_level", num_blocks_per_group=1, use_stream=device == "cuda"
+            )
+            for part in (pipeline.encoder, pipeline.text_encoder):
+                if part is not None:
+                    part.to(target)
         else:
             pipeline.to(target)
         if self.compile:
@@ -464,7 +467,7 @@ class Generate(Text, Decoder):
         space = pipeline_latent_space(pipe, self.latent_space)
         if self.decoder == "auto":
             self.decoder = space.preset
-        decoder = self.load()
+        decoder = self.load(place=not self.offload)
         check_decoder(decoder, space)
         self.prompt = self.prompt or self.description
         text = self.text_kwargs(decoder)

@@ -271,7 +271,7 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_reference_model(
-    path: str | Path, preset: str | None = None, torch_dtype: torch.dtype | None = None, **overrides
+    path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
 ) -> PixelDecoderTransformer2DModel:
     """A reference checkpoint as a model: `PixelDecoderTransformer2DModel.from_single_file`.
 
@@ -288,7 +288,7 @@ def load_reference_model(
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     _fill(model, state, path)
-    return model if torch_dtype is None else model.to(torch_dtype)
+    return model if dtype is None else model.to(dtype)
 
 
 def load_folder(path: str | Path) -> PixelDecoderTransformer2DModel:

@@ -52,7 +52,8 @@ def jobs(
         paths = [source]
     into = is_folder(output)
     if source.is_dir() and (output.is_file() or not into):
-        raise ValueError(f"{output} is a file: a folder of inputs needs a folder as output")
+        why = " is a file" if output.is_file() else ""
+        raise ValueError(f"{output}{why}: a folder of inputs needs a folder as output, whose name has no suffix")
     if not into and output.suffix.lower() not in output_suffixes:
         kind = "an image" if output_suffixes == IMAGE_SUFFIXES else "a file"
         raise ValueError(f"{output}: expected {kind} ending in {', '.join(output_suffixes)}, or a folder")
@@ -105,7 +106,7 @@ def load_latents(path: Path) -> "tuple[torch.Tensor, torch.Tensor | None]":
         found = read_tensors(path)
         if isinstance(found, dict):
             sigma = found.get("sigma")
-            found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(found))
+            found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(map(str, found)))
     if not isinstance(found, torch.Tensor):
         raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(found)[:200]}')
     if found.ndim not in (3, 4):
@@ -116,7 +117,10 @@ def load_latents(path: Path) -> "tuple[torch.Tensor, torch.Tensor | None]":
         count = len(found) if found.ndim == 4 else 1
         if not isinstance(sigma, torch.Tensor | float | int):
             raise ValueError(f'{path}: expected "sigma" to be a number, got {str(sigma)[:200]}')
-        sigma = torch.as_tensor(sigma, dtype=torch.float32).flatten()
+        sigma = torch.as_tensor(sigma).flatten()
+        if sigma.is_complex():
+            raise ValueError(f'{path}: expected "sigma" to be a real number, got {sigma.dtype}')
+        sigma = sigma.float()
         if len(sigma) not in (1, count) or not ((sigma >= 0) & (sigma <= 1)).all():
             raise ValueError(
                 f'{path}: expected "sigma" in [0, 1], 1 or {count} of them, got {str(sigma.tolist())[:200]}'

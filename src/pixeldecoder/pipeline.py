@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -327,6 +328,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             raise ValueError(f'output_type is {output_type!r}: expected "pil", "np", "pt" or "latent"')
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ()
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs: expected some of ['image'], got {sorted(unknown)}: the picture "
@@ -474,8 +476,9 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             ValueError: no encoder, one of another latent space or for other sizes, or an image of less than 16 px.
         """
         config = self.transformer.config
-        own = self.encoder
+        own, device = self.encoder, self._execution_device
         if encoder is None and own is not None:
+            device = self._device_of(own)
             encoder = lambda x: encode(own, x.to(own.dtype)).float()  # noqa: E731
         if encoder is None:
             known = SPACES.get(self.config.latent_space or "")
@@ -488,7 +491,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             raise ValueError(f"expected an image of at least 16 x 16 pixels, got {width} x {height}")
         cell = config.latent_downscale_factor
         image = F.pad(image, (0, -width % cell, 0, -height % cell), mode="replicate")
-        latents = encoder(image.to(self._execution_device))
+        latents = encoder(image.to(device))
         expected = (len(image), config.latent_channels, *(side // cell for side in image.shape[-2:]))
         if tuple(latents.shape) != expected:
             raise ValueError(
@@ -684,7 +687,12 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             raise ValueError(f"expected a prompt, or a list with one for each image, got {prompt!r}")
         if self.text_encoder is None or self.tokenizer is None:
             return self.prompt_encoder(prompts, self._execution_device)
-        return encode_prompts(prompts, self.tokenizer, self.text_encoder, self._execution_device)
+        return encode_prompts(prompts, self.tokenizer, self.text_encoder, self._device_of(self.text_encoder))
+
+    def _device_of(self, part: torch.nn.Module) -> torch.device:
+        """Where a part computes: where its weights are, or will be at its turn, if they are nowhere before it."""
+        device = next(part.parameters()).device
+        return self._execution_device if device.type == "meta" or hasattr(part, "_hf_hook") else device
 
     def check_steps(self, steps: int) -> None:
         """Raises ValueError if the decoder cannot be sampled in so many steps."""
@@ -698,7 +706,10 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         self, steps: int | None, sigmas: Sequence[float] | None, height: int, width: int, device: torch.device
     ) -> SchedulerMixin:
         """A scheduler of this call's own, set to the teacher's or the student's times."""
-        steps = steps if steps is not None else len(sigmas) if sigmas else self.config.default_num_inference_steps
+        if sigmas is not None:
+            sigmas = [float(sigma) for sigma in sigmas]
+            steps = len(sigmas) if steps is None else steps
+        steps = self.config.default_num_inference_steps if steps is None else steps
         if sigmas is None:
             self.check_steps(steps)
         if isinstance(self.scheduler, DPMSolverMultistepScheduler):
@@ -709,9 +720,9 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             scheduler.set_timesteps(steps, device=device)
         else:
             scheduler = copy.deepcopy(self.scheduler)
-            times = list(sigmas) if sigmas is not None else student_times(steps)
-            falling = all(t > after for t, after in zip(times, [*times[1:], 0.0], strict=True))
-            if len(times) != steps or not falling or times[0] > 1:
+            times = sigmas if sigmas is not None else student_times(steps)
+            falling = all(t > after for t, after in pairwise([*times, 0.0]))
+            if not times or len(times) != steps or not falling or times[0] > 1:
                 raise ValueError(f"expected {steps} falling sigmas in (0, 1], got {times}")
             scheduler.set_timesteps(sigmas=times, device=device)
         scheduler.set_begin_index(0)

@@ -321,6 +321,33 @@ def test_going_on_with_other_settings_is_refused(teacher, change, differs):
     assert before == {path: path.read_bytes() for path in teacher.output.rglob("*") if path.is_file()}
 
 
+def test_a_folder_may_be_written_in_another_way(teacher):
+    train(replace(teacher, steps=1))
+    train(replace(teacher, steps=2, data=replace(teacher.data, source=f"{teacher.data.source}/")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"stage": "teacher", "step"', "progress.json: damaged"),
+        ("5", "progress.json: damaged"),
+        ('{"step": 1, "position": 1, "architecture": {}}', "progress.json does not tell stage, samples"),
+    ],
+)
+def test_a_checkpoint_that_does_not_tell_where_it_is(teacher, text, message):
+    (train(replace(teacher, steps=1)) / "progress.json").write_text(text)
+    with pytest.raises(TrainingError, match=message):
+        train(teacher)
+
+
+@pytest.mark.parametrize("name", ["output", "export"])
+def test_outputs_that_cannot_be_are_told_at_once(teacher, tmp_path, name):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="file is not a folder"):
+        train(replace(teacher, **{name: tmp_path / "file"}))
+    assert not (teacher.output).exists() and (tmp_path / "file").read_text() == "kept"
+
+
 def test_going_on_with_another_stage_is_refused(teacher, student):
     train(replace(teacher, steps=1))
     with pytest.raises(TrainingError, match=r"step_00000001 is a teacher's, not a student's"):

@@ -237,7 +237,7 @@ def _pipeline(task: dict[str, Any], parts: list[str]) -> PixelDecoderPipeline:
             model = PixelDecoderTransformer2DModel(**preset.config).to(dtype).eval()
         pipeline = PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), trained_size=preset.trained_size)
     else:
-        pipeline = PixelDecoderPipeline.from_pretrained(task["decoder"], torch_dtype=dtype).to(device)
+        pipeline = PixelDecoderPipeline.from_pretrained(task["decoder"], dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -163,14 +163,14 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, preset: str | None = None, torch_dtype: torch.dtype | None = None, **overrides
+        cls, path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
     ) -> "PixelDecoderTransformer2DModel":
         """Load a checkpoint in the reference's format, `.pth` or `.safetensors`.
 
         Args:
             path: the file; a released name in it or in its folder's name is recognised.
             preset: the released name, where the file is called otherwise.
-            torch_dtype: of the weights; by default the file's.
+            dtype: of the weights; by default the file's.
             overrides: arguments of this class that the tensors do not tell.
 
         Raises:
@@ -178,7 +178,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         """
         from pixeldecoder.convert import load_reference_model  # it builds this class
 
-        return load_reference_model(path, preset, torch_dtype, **overrides)
+        return load_reference_model(path, preset, dtype, **overrides)
 
     def _init_weights(self) -> None:
         for name, module in self.named_modules():

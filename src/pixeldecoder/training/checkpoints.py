@@ -46,7 +46,7 @@ class Checkpoints:
         """
         if not (existing := self.existing()):
             return []
-        stage = json.loads((existing[-1] / "progress.json").read_text()).get("stage")
+        stage = _progress(existing[-1])["stage"]
         if stage != self.stage:
             raise TrainingError(f"{existing[-1]} is a {stage}'s, not a {self.stage}'s: give another output folder")
         differing = changes(load_yaml(existing[-1] / "config.yaml"), to_dict(self.config))
@@ -121,7 +121,7 @@ class Checkpoints:
         """
         if not (existing := self.existing()):
             return 0, 0
-        progress = json.loads((existing[-1] / "progress.json").read_text())
+        progress = _progress(existing[-1])
         if progress["architecture"] != (architecture := _plain(architecture)):
             names = [k for k in architecture if architecture[k] != progress["architecture"].get(k)]
             raise TrainingError(
@@ -151,6 +151,25 @@ class Checkpoints:
         for name, part in parts.items():
             state[name], state[f"{name}.optimizer"] = get_state_dict(part.module, part.optimizer)
         return state
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    """What `save` wrote of a checkpoint.
+
+    Raises:
+        TrainingError: it is damaged, or of an earlier version.
+    """
+    path = checkpoint / "progress.json"
+    try:
+        found = json.loads(path.read_text())
+        missing = [name for name in ("stage", "step", "position", "samples", "architecture") if name not in found]
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"{path}: damaged ({error}): delete {checkpoint} to go on from an older one") from None
+    if missing:
+        raise TrainingError(
+            f"{path} does not tell {', '.join(missing)}: it is of an earlier version: give another output folder"
+        )
+    return found
 
 
 def _plain(architecture: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ The defaults are the paper's settings (method: Training); the recipes below name
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+from pixeldecoder.files import check_writable
 from pixeldecoder.presets import TEXT_ENCODER
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class Data:
     """Keep a small folder on the device and crop squares there, at full resolution, without shrinking."""
     validation: Path | None = None
     """Folder of which four pictures are decoded now and then; by default four that are trained on."""
-    workers: Count = 4
+    workers: Annotated[int, Range(1, 256, "[]")] = 4
     """Threads that decode pictures."""
 
 
@@ -302,9 +304,12 @@ def check(config: Run) -> None:
     """Whether a run can be had with these settings, before anything is loaded or made.
 
     Raises:
-        ValueError: a number out of its bounds, or a package that is not installed.
+        ValueError: a number out of its bounds, an output that cannot be written, or a package that is not installed.
     """
     _check_bounds(config)
+    check_writable(config.output / "config.yaml")
+    if config.export is not None:
+        check_writable(config.export / "training.yaml")
     require("pydantic", "yaml", "matplotlib")
     if config.tracker == "tensorboard":
         require("tensorboard")
@@ -370,8 +375,13 @@ def changes(old: dict, new: dict) -> dict[str, str]:
     return {
         name: f"{_short(before[name])} -> {_short(value)}"
         for name, value in after.items()
-        if before.get(name, value) != value
+        if _plain(before.get(name, value)) != _plain(value)
     }
+
+
+def _plain(value: object) -> object:
+    """A path as it would be without "/" at its end, or "./" before it."""
+    return os.path.normpath(value) if isinstance(value, str) and Path(value).exists() else value
 
 
 def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:

@@ -161,8 +161,9 @@ class StudentStage:
             t = times[(random.uniform() * len(times)).long()]
             x_t = noised(image, random.normal(*image.shape[1:]), t)
         else:
-            # One step for all processes: they must run the network equally often.
-            last = Random(f"{self.config.seed}/rollout/{batch.position}").randrange(len(times))
+            # One for all samples of a step: processes must run the network equally often.
+            number = batch.samples[0] // self.config.batch_size
+            last = Random(f"{self.config.seed}/rollout/{number}").randrange(len(times))
             x_t = random.normal(*image.shape[1:])
             with torch.no_grad():
                 for now, following in pairwise(times[: last + 1, None].expand(-1, len(image))):
