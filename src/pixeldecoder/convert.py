@@ -270,6 +270,19 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def read_reference(
+    path: str | Path, preset: str | None = None, **overrides
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a reference checkpoint under this library's names, and the arguments of their network.
+
+    Raises:
+        ValueError: an unreadable file, or as `infer_config`.
+    """
+    state = convert_reference_state_dict(load_checkpoint(path))
+    told = {} if preset else read_settings(path).get("network", {})
+    return state, infer_config(state, find_preset(path, preset), **(told | overrides))
+
+
 def load_reference_model(
     path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
 ) -> PixelDecoderTransformer2DModel:
@@ -281,9 +294,7 @@ def load_reference_model(
         ValueError: an unreadable file, or missing or unexpected tensors, which the message lists.
     """
     try:
-        state = convert_reference_state_dict(load_checkpoint(path))
-        told = {} if preset else read_settings(path).get("network", {})
-        config = infer_config(state, find_preset(path, preset), **(told | overrides))
+        state, config = read_reference(path, preset, **overrides)
         model = _network(config, path)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -232,23 +232,10 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         transformer = PixelDecoderTransformer2DModel.from_single_file(path, preset, dtype, **overrides)
         if any(parameter.dtype.itemsize == 1 for parameter in transformer.parameters()):
             transformer.to(torch.bfloat16)
-        settings: dict[str, Any] = {} if preset else pipeline_settings(path)
-        if settings:
-            check_arguments(cls, settings, path)
-        else:
-            known = find_preset(path, preset)
-            like = known or sampled_like(path, is_prior=transformer.adapter is None)
-            if like is None:
-                logger.warning(f"{path}: nothing tells how it is sampled: taken for a student of 1 to 4 steps")
-            distilled = like is None or like.distilled
-            settings["scheduler"] = FlowMatchLCMScheduler(shift=1.0) if distilled else teacher_scheduler()
-            if like is not None:
-                settings["default_num_inference_steps"] = like.num_inference_steps
-                settings["default_guidance_scale"] = like.guidance_scale
-                settings["default_negative_prompt"] = like.negative_prompt
-            if known is not None:
-                settings |= dict(latent_space=known.latent_space, trained_size=known.trained_size)
-                settings["license"] = RELEASED_LICENSE
+        settings = file_settings(path, preset, is_prior=transformer.adapter is None)
+        check_arguments(cls, settings, path)
+        if "default_num_inference_steps" not in settings:
+            logger.warning(f"{path}: nothing tells how it is sampled: taken for a student of 1 to 4 steps")
         if settings.get("license"):
             _print_license(str(path), settings["license"])
         return cls(transformer, **settings)
@@ -803,6 +790,30 @@ def student_times(steps: int) -> list[float]:
     if steps == 1:
         return [1.0]
     return [STUDENT_TIMES[i] for i in np.linspace(0, 4, steps + 1).round().astype(int)[:-1]]
+
+
+def file_settings(path: str | Path, preset: str | None, is_prior: bool) -> dict[str, Any]:
+    """Arguments of the pipeline of a checkpoint file, its scheduler among them: what the file tells if we wrote it and
+    no preset is named, else those of the release that it is, or is sampled like; else a student's scheduler alone.
+
+    Raises:
+        ValueError: as `pipeline_settings` and `find_preset`.
+    """
+    if not preset and (settings := pipeline_settings(path)):
+        return settings
+    known = find_preset(path, preset)
+    like = known or sampled_like(path, is_prior)
+    if like is None:
+        return {"scheduler": FlowMatchLCMScheduler(shift=1.0)}
+    settings = {
+        "scheduler": FlowMatchLCMScheduler(shift=1.0) if like.distilled else teacher_scheduler(),
+        "default_num_inference_steps": like.num_inference_steps,
+        "default_guidance_scale": like.guidance_scale,
+        "default_negative_prompt": like.negative_prompt,
+    }
+    if known is not None:
+        settings |= dict(latent_space=known.latent_space, trained_size=known.trained_size, license=RELEASED_LICENSE)
+    return settings
 
 
 def teacher_scheduler() -> DPMSolverMultistepScheduler:

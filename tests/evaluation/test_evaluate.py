@@ -38,7 +38,7 @@ from conftest import TINY_NANO, tiny_model, tiny_pipeline
 from families import build, clip, tokenizer
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
-from pixeldecoder.convert import export_reference_state_dict
+from pixeldecoder.convert import export_reference_state_dict, folder_to_reference
 from pixeldecoder.evaluation import methods, run
 from pixeldecoder.evaluation.judge import _uri, verdicts
 from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_facts
@@ -286,6 +286,25 @@ def test_facts_of_checkpoints(tmp_path, monkeypatch):
         assert read_facts(str(tmp_path / file), pytest.fail) == expected
 
 
+@pytest.mark.parametrize("student", [True, False])
+def test_facts_of_a_file_are_those_of_its_folder(tmp_path, student, monkeypatch):
+    pipeline = tiny_pipeline(scale=8)
+    pipeline.register_to_config(latent_space="sdxl", default_num_inference_steps=2 if student else 25)
+    pipeline.scheduler = pipeline.scheduler if student else teacher_scheduler()
+    pipeline.save_pretrained(tmp_path / "folder")
+    folder_to_reference(tmp_path / "folder", tmp_path / "mine.safetensors")
+    expected = Facts(8, "variance-preserving", 2 if student else 25, student)
+    for name in ("folder", "mine.safetensors"):
+        assert read_facts(str(tmp_path / name), pytest.fail) == expected
+    # What the file tells goes before its name.
+    monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "flux", {"adapter_dim": 32, "scale": 4}, not student, 7, 1.0))
+    (tmp_path / "mine.safetensors").rename(tmp_path / "tiny.safetensors")
+    assert read_facts(str(tmp_path / "tiny.safetensors"), pytest.fail) == expected
+    # Tensors alone: the name tells how they are sampled.
+    torch.save(export_reference_state_dict(tiny_model().state_dict()), tmp_path / "my_teacher.pth")
+    assert read_facts(str(tmp_path / "my_teacher.pth"), pytest.fail)[1:] == ("flow", 25, False)
+
+
 def test_killed_and_resumed(parts, finished, tmp_path):
     """A process killed in the middle, and its torn last line, leave what gives the same table."""
     output = tmp_path / "out"
@@ -415,6 +434,23 @@ def test_whatever_pyiqa_has(parts, tmp_path, pyiqa, monkeypatch, capsys):
     assert len([name for name in ("brightness", "distance", "psnr") if name in table(output)[0]]) == 3
 
 
+def test_what_memory_was_too_small_for_is_measured_by_the_next_run(parts, tmp_path, monkeypatch):
+    errors = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("not enough memory")]
+    errors += [RuntimeError("too small"), None]
+    asked = []
+
+    def score(image, truth, prompt):
+        asked.append(image)
+        if len(asked) <= len(errors) and (error := errors[len(asked) - 1]):
+            raise error
+        return 0.5
+
+    monkeypatch.setitem(METRICS, "psnr", replace(METRICS["psnr"], load=lambda device, weights: score))
+    for expected, calls in (["", "", "", "", "0.5"], 5), (["0.5", "0.5", "0.5", "", "0.5"], 8):
+        assert evaluate(parts, tmp_path, "--baselines", "bicubic", "--metrics", "psnr", decoders=()) == 0
+        assert [row["psnr"] for row in table(tmp_path)] == expected and len(asked) == calls
+
+
 class MeanDistance:
     """In place of FID, whose network must be fetched: how far the means of the pictures are apart."""
 
@@ -457,6 +493,13 @@ def test_metrics_of_all_pictures_together(tmp_path, monkeypatch):
     for name in ("bicubic", "lanczos"):
         assert found["patch_fid"][name] == pytest.approx(abs(mean(name) - mean("truth")), abs=1e-3)
     assert found["patch_fid"]["bicubic"] != found["patch_fid"]["lanczos"]
+    # It goes on to hold while there are as many pictures, and no longer.
+    assert run("psnr", "--baselines", "bicubic") == found
+    photo(2, (512, 256)).save(tmp_path / "photos" / "2.png")
+    assert run("psnr", "--baselines", "bicubic") == {}
+    assert "## All pictures together" not in (output / "report.md").read_text()
+    assert run("patch_fid", "--baselines", "bicubic", "lanczos")["patch_fid"].keys() == {"bicubic", "lanczos"}
+    (tmp_path / "photos" / "2.png").unlink()
     # Of whole pictures: of fewer pictures than the others' it would be another quantity, and is left out.
     shutil.rmtree(output)
     found = run("fid", "--crop", 256, "--baselines", "bicubic")

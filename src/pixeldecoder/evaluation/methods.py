@@ -17,11 +17,11 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file
 
-from pixeldecoder.convert import convert_reference_state_dict, infer_config, load_checkpoint
+from pixeldecoder.convert import read_reference
 from pixeldecoder.files import load_image, to_image, to_tensor
 from pixeldecoder.latents import SPACES, Frame, add_noise, decode, encode
-from pixeldecoder.pipeline import NANO, PixelDecoderPipeline, student_times
-from pixeldecoder.presets import HUB_REPOSITORY, PRESETS, find_preset
+from pixeldecoder.pipeline import NANO, PixelDecoderPipeline, file_settings, student_times
+from pixeldecoder.presets import HUB_REPOSITORY, PRESETS
 from pixeldecoder.training.data import SUFFIXES, SampleRandom
 
 BASELINES = ("bicubic", "lanczos", "vae", "upscale:FOLDER_OR_HUB_ID", "spandrel:FILE")
@@ -190,19 +190,20 @@ def read_facts(name: str, load: Callable[[], PixelDecoderPipeline]) -> Facts:
         name: as for `PixelDecoderPipeline.from_pretrained`.
         load: called where nothing that is on this machine tells: it fetches the decoder, or says what is wrong.
     """
-    path = NANO if name == "nano" else Path(name)
+    path = NANO if name == "nano" else Path(name).expanduser()
     preset = PRESETS.get(name)
     if preset and not isinstance(try_to_load_from_cache(HUB_REPOSITORY, preset.filename), str):
         preset = None
-    elif path.is_file():
-        preset = find_preset(path)
     if preset:
         scale = preset.config.get("scale", 4)
         return Facts(scale, frame_of(preset.latent_space), preset.num_inference_steps, preset.distilled)
     try:
         if path.is_file():
-            config = infer_config(convert_reference_state_dict(load_checkpoint(path)))
-            return Facts(config.get("scale", 4), "flow", 4, True)
+            _, config = read_reference(path)
+            settings = file_settings(path, None, is_prior=config["latent_channels"] is None)
+            student = not isinstance(settings["scheduler"], DPMSolverMultistepScheduler)
+            steps, frame = settings.get("default_num_inference_steps", 4), frame_of(settings.get("latent_space"))
+            return Facts(config.get("scale", 4), frame, steps, student)
         files = ("model_index.json", "transformer/config.json")
         places = [path / file if path.is_dir() else str(try_to_load_from_cache(name, file)) for file in files]
         index, config = (json.loads(Path(place).read_text()) for place in places)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from pixeldecoder.cli import OUT_OF_MEMORY
 from pixeldecoder.convert import read_tensors
 from pixeldecoder.files import to_image
 
@@ -86,12 +87,18 @@ def load_metrics(
 def measure(
     name: str, score: Score, image: torch.Tensor, truth: torch.Tensor | None, prompt: str, picture: str
 ) -> float | None:
-    """`None`, with a line that says why, for a picture that the metric cannot be computed of, such as a small one."""
+    """`None`, with a line that says why, for a picture that the metric cannot be computed of, such as a small one.
+
+    Raises:
+        MemoryError: for want of memory, which tells nothing of the picture; the line is printed as well.
+    """
     try:
         value = score(image, truth, prompt)
         return value if math.isfinite(value) else None
     except Exception as error:  # of other people's libraries: each has errors of its own
         tqdm.write(f"{name} of {picture}: {_reason(error)}")
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+            raise MemoryError(str(error)) from error
         return None
 
 

@@ -5,6 +5,7 @@ import io
 import math
 import re
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +126,10 @@ def write_comparison(first: Path, second: Path, output: Path, weights: dict[str,
         raise ValueError(f"{first} and {second}: expected two images of one size, got {sizes}")
     truth, image = map(to_tensor, images)
     scores, skipped = load_metrics(find_metrics((), weights), torch.device("cpu"), weights)
-    values = {name: measure(name, score, image, truth, "", second.name) for name, score in scores.items()}
+    values: dict[str, float | None] = dict.fromkeys(scores)
+    for name, score in scores.items():
+        with suppress(MemoryError):  # which was told
+            values[name] = measure(name, score, image, truth, "", second.name)
     metrics = [METRICS[name] for name in values]
     names = [str(path) if first.name == second.name else path.name for path in (first, second)]
     pictures = {**dict(zip(names, images, strict=True)), "texture": _texture_picture(image, truth)}

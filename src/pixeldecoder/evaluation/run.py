@@ -9,6 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -362,7 +363,8 @@ class Study:
                 image = to_tensor(load_image(path)).to(self.device)  # as 8 bits hold it
                 for name in scores:
                     if name not in row:
-                        row[name] = measure(name, scores[name], image, opened.truth, case.caption, case.name)
+                        with suppress(MemoryError):  # left out, so that another run tries again
+                            row[name] = measure(name, scores[name], image, opened.truth, case.caption, case.name)
                 self._append(row)
 
     def _opened(self, case: Case) -> Case:
@@ -400,11 +402,16 @@ class Study:
         for key in chosen:
             files.setdefault(key[0], []).append(rows[key]["file"])
         seen = {image for _, image in rows}
+        # What an earlier run found of all pictures together, of as many as there are now; and what this one finds.
+        images = max(map(len, files.values()))
+        counts = {name: count for name, count in study.get("set_images", {}).items() if count == images}
+        compared = {name: values for name, values in study.get("sets", {}).items() if name in counts}
+        compared |= {name: self._compare_sets(name, make, files, skipped) for name, make in sets.items()}
         study |= {
             "settings": [asdict(setting) for setting in files],
             "better": better,
-            "sets": study.get("sets", {})
-            | {name: self._compare_sets(name, make, files, skipped) for name, make in sets.items()},
+            "sets": compared,
+            "set_images": dict.fromkeys(compared, images),
             "skipped": skipped,
             "unreadable": {name: reason for name, reason in self.unreadable.items() if name not in seen},
             "made_by": f"pixeldecoder {pixeldecoder.__version__}, PyTorch {torch.__version__}, {self.device}",
@@ -463,7 +470,8 @@ def read_study(output: Path) -> dict[str, Any] | None:
     path = output / "study.json"
     try:
         study = json.loads(path.read_bytes())
-        kinds = {"identity": dict, "settings": list, "better": dict, "sets": dict, "skipped": dict, "unreadable": dict}
+        names = ("identity", "better", "sets", "set_images", "skipped", "unreadable")
+        kinds = {"settings": list} | dict.fromkeys(names, dict)
         wrong = [name for name, kind in kinds.items() if not isinstance(study.get(name, kind()), kind)]
         wrong += sorted({"source", "seed", "crop", "scale"} - study["identity"].keys())
         wrong += [name for name, way in study.get("better", {}).items() if way not in WAYS]
