@@ -75,12 +75,17 @@ def test_accumulation_is_a_mean():
     assert weight(whole) == weight(halves)
 
 
-def test_a_gradient_is_cut_to_its_longest():
-    for longest, kept in (None, 7.0), (0.1, 0.1), (100.0, 7.0):
-        trained = part(1.0, max_grad_norm=longest)
-        trained(torch.tensor(7.0)).backward()
-        assert trained.clip().item() == 7.0
-        assert trained.module.w.grad.item() == pytest.approx(kept, rel=1e-5)
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize(
+    "slope, longest, kept", [(7.0, None, 7.0), (7.0, 0.1, 0.1), (7.0, 100.0, 7.0), (7e30, 0.1, 0.1)]
+)
+def test_a_gradient_is_cut_to_its_longest(slope, longest, kept, fsdp):
+    """Also one whose square float32 cannot hold."""
+    trained = part(1.0, replace(RUN, fsdp=fsdp), max_grad_norm=longest)
+    trained(torch.tensor([slope])).sum().backward()
+    assert trained.clip().item() == pytest.approx(slope, rel=1e-6)
+    grad = trained.module.w.grad
+    assert (grad.full_tensor() if fsdp else grad).item() == pytest.approx(kept, rel=1e-5)
 
 
 def test_the_learning_rate_warms_up_over_a_part_s_own_updates():

@@ -29,6 +29,9 @@ from pixeldecoder.training.data import Batch
 Terms = dict[str, torch.Tensor]
 """A loss by its weighted terms, each a scalar."""
 
+LARGE = 1e12
+"""Gradients' values are scaled down to this before their squares are summed up in float32."""
+
 LORA_TARGETS = {
     "backbone": r"(patch_blocks|pixel_blocks)\.\d+\.(attn\.(to_qkv|to_out|add_qkv|to_add_out)|compress|expand"
     r"|(text_)?mlp\.(gate_proj|up_proj|down_proj|0|2))",
@@ -194,8 +197,12 @@ class Part:
     def clip(self) -> torch.Tensor:
         """Cut the gradient to its longest; returns its norm before."""
         longest = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        # A fresh adapter's gradient on latents of zeros can be 1e27: each of its norms divides by sqrt(eps) there. Its
+        # square would overflow, so that a large norm would look like an infinite one.
+        largest = torch.nn.utils.clip_grad_norm_(self.parameters, LARGE, norm_type=math.inf)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, longest)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        largest, norm = (x.full_tensor() if isinstance(x, DTensor) else x for x in (largest, norm))
+        return norm * (largest / LARGE).clamp_min(1)
 
     def step(self, number: int) -> None:
         """The optimizer's step, at the learning rate of this part's update `number`, from 0."""
