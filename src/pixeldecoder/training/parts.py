@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.linalg import vector_norm
 
 from pixeldecoder.convert import load_folder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -199,10 +200,19 @@ class Part:
         longest = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
         # A fresh adapter's gradient on latents of zeros can be 1e27: each of its norms divides by sqrt(eps) there. Its
         # square would overflow, so that a large norm would look like an infinite one.
-        largest = torch.nn.utils.clip_grad_norm_(self.parameters, LARGE, norm_type=math.inf)
+        grads = [
+            p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in self.parameters if p.grad is not None
+        ]
+        grads = [grad for grad in grads if grad.numel()]  # a process's share of a small one may be nothing
+        largest = torch.stack(
+            [torch.zeros((), device=self.device), *(vector_norm(grad, math.inf) for grad in grads)]
+        ).max()
+        if isinstance(self.wrapped, FSDPModule):
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        scale = (LARGE / largest).clamp_max(1)
+        torch._foreach_mul_(grads, scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, longest)
-        largest, norm = (x.full_tensor() if isinstance(x, DTensor) else x for x in (largest, norm))
-        return norm * (largest / LARGE).clamp_min(1)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm) / scale
 
     def step(self, number: int) -> None:
         """The optimizer's step, at the learning rate of this part's update `number`, from 0."""
