@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pixeldecoder import __version__, cli
-from pixeldecoder.cli import EXTRAS, main
+from pixeldecoder.cli import main
+from pixeldecoder.errors import EXTRAS
 from pixeldecoder.options import parse
 from pixeldecoder.plan import duration
 

@@ -9,8 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pixeldecoder import __version__
+from pixeldecoder.errors import OUT_OF_MEMORY, blaming, explain
 from pixeldecoder.options import parse
 from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name, is_hub_id
 
@@ -1006,17 +1006,6 @@ def json_object(text: str) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """Whatever is raised at a broken folder, or in a function of one's own, as a ValueError that names it."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        if OUT_OF_MEMORY.search(str(error)):
-            raise
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
-
-
 def load_diffusion_pipeline(name: str, dtype: "torch.dtype", arguments: dict[str, Any]) -> Any:
     """`arguments` are those its call is to take."""
     from diffusers import DiffusionPipeline
@@ -1152,38 +1141,6 @@ def load_encoder(name: str, device: Any) -> Any:
         return latents
 
     return checked
-
-
-EXTRAS = {
-    "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
-    "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
-    "lora": ("peft",),
-    "quantize": ("bitsandbytes", "torchao"),
-    "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
-}
-"""Modules of the optional dependencies in pyproject.toml."""
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED", re.IGNORECASE
-)
-
-
-def explain(error: Exception, command: str) -> str | None:
-    """One line on what a user can do about an error; `None` for a fault of ours, whose traceback is wanted."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    training = command in ("train", "distill")
-    if isinstance(error, ImportError):
-        module = (error.name or "").partition(".")[0]
-        extras = ["train", *EXTRAS] if training else EXTRAS
-        extra = next((extra for extra in extras if module in EXTRAS[extra]), None)
-        return f"{text}: pip install 'pixeldecoder[{extra}]'" if extra else text
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text)):
-        smaller = "a smaller --micro-batch-size" if training else "--max-memory (such as 6GB) or a smaller --tile"
-        return f"out of memory: try {smaller} ({text[:200]})"
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile does not work here: {text[:300]}"
-    if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
-        return text
-    return None
 
 
 def be_quiet() -> None:

@@ -175,6 +175,23 @@ def test_the_critics_terms(r1_weight, r1_noise, by_hand):
     assert stage.teacher.encoded == 1 and (stage.fake_score.calls[0].latents == 1).all()
 
 
+def test_the_discriminator_judges_both_under_the_same_noise(by_hand, monkeypatch):
+    """Sample by sample: else noise, not pictures, would tell them apart."""
+    stage = by_hand()
+    monkeypatch.setattr(distill, "SampleRandom", SampleRandom)
+    seen, teacher = [], stage._teacher
+    monkeypatch.setattr(
+        stage, "_teacher", lambda x, t, *rest, **kwargs: seen.append((x, t)) or teacher(x, t, *rest, **kwargs)
+    )
+    stage.critic_losses(batch())
+    (made, t), (real, also_t), _ = seen
+    assert torch.equal(t, also_t)
+    t = t[:, None, None, None]
+    noise = (made - (1 - t) * S) / t
+    torch.testing.assert_close((real - (1 - t) * REAL) / t, noise, atol=1e-4, rtol=0)
+    assert noise.std() > 0.9 and not torch.allclose(noise[0], noise[1])
+
+
 def test_rollout(by_hand, monkeypatch):
     """From noise through the student's own images, up to the third of its times; that pass alone carries gradient."""
     stage = by_hand(student_input="rollout")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from pixeldecoder.cli import OUT_OF_MEMORY
 from pixeldecoder.convert import read_tensors
+from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.files import to_image
 
 Score = Callable[[torch.Tensor, Any, str], float]

@@ -1,0 +1,47 @@
+"""An error in; out comes one line on what a user can do about it."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXTRAS = {
+    "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
+    "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
+    "lora": ("peft",),
+    "quantize": ("bitsandbytes", "torchao"),
+    "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
+}
+"""Modules of the optional dependencies in pyproject.toml."""
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED", re.IGNORECASE
+)
+
+
+def explain(error: Exception, command: str) -> str | None:
+    """One line on what a user can do about an error; `None` for a fault of ours, whose traceback is wanted."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    training = command in ("train", "distill")
+    if isinstance(error, ImportError):
+        module = (error.name or "").partition(".")[0]
+        extras = ["train", *EXTRAS] if training else EXTRAS
+        extra = next((extra for extra in extras if module in EXTRAS[extra]), None)
+        return f"{text}: pip install 'pixeldecoder[{extra}]'" if extra else text
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text)):
+        smaller = "a smaller --micro-batch-size" if training else "--max-memory (such as 6GB) or a smaller --tile"
+        return f"out of memory: try {smaller} ({text[:200]})"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile does not work here: {text[:300]}"
+    if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
+        return text
+    return None
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Whatever is raised at a broken folder, or in a function of one's own, as a ValueError that names it."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
