@@ -283,3 +283,9 @@ def test_a_crop_s_place_does_not_decide_its_noise(losses, request, tmp_path):
     for place in (left, top):  # in every quarter of the places a half is noised
         for quarter in is_noised[place.argsort()].float().chunk(4):
             assert quarter.mean() == pytest.approx(0.5, abs=4 * 0.5 * 250**-0.5)
+
+
+def test_a_picture_is_cropped_elsewhere_each_time(tmp_path):
+    source = Folder(write_photos(tmp_path, 1, (320, 64)))
+    crops = [batch.image.numpy().tobytes() for batch in islice(batches(source, [(32, 32)], 1, seed=0), 12)]
+    assert len(set(crops)) > 6

@@ -202,9 +202,12 @@ def test_validation_in_little_memory(teacher, monkeypatch, tmp_path):
     assert little == pytest.approx(plenty, abs=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_validation_tells_the_pipeline_sigma(stage, request, monkeypatch):
-    config = replace(request.getfixturevalue(stage), steps=1, validate_every=1, micro_batch_size=1)
+@pytest.mark.parametrize(
+    "stage, space, keep",
+    [("teacher", None, (0.6, 0.2)), ("student", None, (0.6, 0.2)), ("teacher", "sdxl", (0.84**0.5, 0.6))],
+)
+def test_validation_tells_the_pipeline_sigma(stage, space, keep, request, monkeypatch):
+    config = replace(request.getfixturevalue(stage), steps=1, validate_every=1, micro_batch_size=1, latent_space=space)
     told = []
     plain = PixelDecoderPipeline.__call__
 
@@ -215,9 +218,9 @@ def test_validation_tells_the_pipeline_sigma(stage, request, monkeypatch):
     monkeypatch.setattr(PixelDecoderPipeline, "__call__", spy)
     train(config)
     assert [sigma for sigma, _ in told] == [0.0] * 4 + [0.4] * 4 + [0.8] * 4
-    # The latents are what they are said to be: (1 - sigma) z + sigma noise, of one noise.
+    # The latents are what they are said to be: keep z + sigma noise, of one noise, in the frame of their space.
     clean, some, more = (torch.cat([z for _, z in told[n : n + 4]]) for n in (0, 4, 8))
-    torch.testing.assert_close((some - 0.6 * clean) / 0.4, (more - 0.2 * clean) / 0.8, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((some - keep[0] * clean) / 0.4, (more - keep[1] * clean) / 0.8, atol=1e-5, rtol=1e-5)
 
 
 def test_a_failing_validation_does_not_end_a_run(teacher, monkeypatch, capsys):
