@@ -6,7 +6,7 @@
 
 The teacher learns by flow matching, the student from it by DMD2; each goes on from its last checkpoint when it is
 called again. They are meant to take about a day; that was not measured on a GPU yet. `memory` counts what an update of
-each takes: 7.2 and 12.4 GB of tensors. The latents are FLUX.1's, by TAEF1 (MIT) or the autoencoder that `--encoder`
+each takes: 7.2 and 11.9 GB of tensors. The latents are FLUX.1's, by TAEF1 (MIT) or the autoencoder that `--encoder`
 names. Then:
 
     pixeldecoder upscale small.png large.png --decoder outputs/base/student
