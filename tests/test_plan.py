@@ -193,3 +193,17 @@ def test_limit_of_a_container(monkeypatch, tmp_path):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert memory_budget(cpu) == 1000 + 0.95 * free
     assert memory_budget(cpu, "2GB") == 2 * 10**9
+
+
+def test_operations_are_those_of_all_tiles_and_images():
+    model = tiny_model()
+    chosen = plan(model, 256, 512, batch=3, text_tokens=7, tile_size=128, tile_overlap=0, max_memory="80GB")
+    matrix, attention = count_flops(model, 8 * 8, 7)
+    assert chosen.tiles.count == 8
+    assert (chosen.matrix_flops, chosen.attention_flops) == (24 * matrix, 24 * attention)
+
+
+@pytest.mark.parametrize(("overlap", "smallest"), [(None, 256), (32, 128)])
+def test_tiles_are_made_smaller_down_to_four_overlaps(overlap, smallest):
+    with pytest.raises(ValueError, match=f"with {smallest} x {smallest} px tiles and 16 patches at a time"):
+        plan(tiny_model(), 2048, 2048, tile_overlap=overlap, max_memory=1)
