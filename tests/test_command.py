@@ -165,6 +165,7 @@ def test_whatever_the_frame_is_drawn_with(encoding):
     ("args", "line"),
     [
         ("decode z.pt a.png --seed 99999999999999999999999", "--seed 99999999999999999999999: expected a whole number"),
+        (f"decode z.pt a.png --seed {2**63}", f"--seed {2**63}: expected a whole number"),
         ("decode z.pt a.png --seed -1", "--seed -1: expected a whole number from 0 to 2^63 - 1"),
         ("decode z.pt a.png --steps 0", "--steps 0: expected at least 1"),
         ("decode z.pt a.png --sigma nan", "--sigma nan: expected a noise level in [0, 1]"),

@@ -422,6 +422,14 @@ def test_a_log_line_cut_short_by_a_kill(teacher):
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_an_exported_decoder_knows_its_size_and_space(stage, request, tmp_path):
+    config = replace(request.getfixturevalue(stage), steps=1, latent_space="flux", export=tmp_path / "exported")
+    train(config)
+    exported = PixelDecoderPipeline.from_pretrained(config.export)
+    assert (exported.config.trained_size, exported.config.latent_space) == (64, "flux")
+
+
 def test_an_exported_decoder_knows_its_encoder(teacher, tmp_path, capsys):
     """nano's goes with it; of another it has the name."""
     train(replace(teacher, steps=1, encoder="nano", export=tmp_path / "nano"))
