@@ -88,7 +88,7 @@ def test_written_checkpoint_is_the_released_format(suffix, tmp_path):
 
 def test_networks_unknown_to_the_reference_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="velocity"):
-        save_reference_checkpoint(tiny_model(text_embed_dim=None, num_layers=1), tmp_path / "model.pth")
+        save_reference_checkpoint(tiny_model(**TINY | dict(text_embed_dim=None, num_layers=1)), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"\.pth or \.safetensors"):
         save_reference_checkpoint(tiny_model(), tmp_path / "model.ckpt")
     assert not list(tmp_path.iterdir())

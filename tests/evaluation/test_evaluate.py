@@ -34,7 +34,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from conftest import TINY_NANO, tiny_model, tiny_pipeline
+from conftest import TINY, TINY_NANO, tiny_model, tiny_pipeline
 from families import build, clip, tokenizer
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
@@ -288,7 +288,7 @@ def test_facts_of_checkpoints(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("student", [True, False])
 def test_facts_of_a_file_are_those_of_its_folder(tmp_path, student, monkeypatch):
-    pipeline = tiny_pipeline(scale=8)
+    pipeline = tiny_pipeline(**TINY | {"scale": 8})
     pipeline.register_to_config(latent_space="sdxl", default_num_inference_steps=2 if student else 25)
     pipeline.scheduler = pipeline.scheduler if student else teacher_scheduler()
     pipeline.save_pretrained(tmp_path / "folder")
