@@ -289,3 +289,12 @@ def test_a_picture_is_cropped_elsewhere_each_time(tmp_path):
     source = Folder(write_photos(tmp_path, 1, (320, 64)))
     crops = [batch.image.numpy().tobytes() for batch in islice(batches(source, [(32, 32)], 1, seed=0), 12)]
     assert len(set(crops)) > 6
+
+
+def test_processes_share_what_is_in_memory(tmp_path):
+    source = Folder(write_photos(tmp_path, 3, (96, 80)))
+    whole = list(islice(batches_in_memory(source, 32, 4, seed=0), 3))
+    shares = [list(islice(batches_in_memory(source, 32, 2, seed=0, rank=rank, world_size=2), 3)) for rank in (0, 1)]
+    for batch, *both in zip(whole, *shares, strict=True):
+        assert torch.equal(batch.image, torch.cat([share.image for share in both]))
+        assert batch.samples == both[0].samples + both[1].samples
