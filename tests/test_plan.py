@@ -207,3 +207,7 @@ def test_operations_are_those_of_all_tiles_and_images():
 def test_tiles_are_made_smaller_down_to_four_overlaps(overlap, smallest):
     with pytest.raises(ValueError, match=f"with {smallest} x {smallest} px tiles and 16 patches at a time"):
         plan(tiny_model(), 2048, 2048, tile_overlap=overlap, max_memory=1)
+
+
+def test_overlap_is_nothing_to_an_image_of_one_tile():
+    assert plan(tiny_model(), 32, 32, tile_overlap=64, max_memory="80GB").tiles.count == 1
