@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TINY, Golden, tiny_model, tiny_pipeline
 from families import save_gemma, z_image
-from pixeldecoder import PixelDecoderPipeline, cli
+from pixeldecoder import PixelDecoderPipeline, cli, demo
 from pixeldecoder.cli import main
 from pixeldecoder.ldm import decoder_seed
 
@@ -827,6 +827,10 @@ def test_a_plan_is_told_once_for_a_size(run, capsys, monkeypatch):
         torch.save(latents, f"in/{name}.pt")
     assert run("decode", "in", "out", "--steps", "1") == 0
     assert re.findall(r"\d+ x \d+ px(?=, whole)", capsys.readouterr().err) == ["96 x 64 px", "64 x 64 px"]
+
+
+def test_demo_does_what_its_help_says():
+    assert f"noise of sigma {demo.SIGMA}" in " ".join(str(cli.Demo.__doc__).split())
 
 
 def test_demo_tells_noise_from_noise(monkeypatch, tmp_path):

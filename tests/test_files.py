@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -165,3 +166,12 @@ def test_pictures_that_are_none():
     for name in "none.png", "folder.png":
         with pytest.raises(ValueError, match=f"{name}: no such file"):
             files.load_image(Path(name))
+
+
+def test_suffixes_in_capitals():
+    np.save("z.npy", np.ones((2, 3, 4), np.float32))
+    save_file({"latents": torch.ones(2, 3, 4)}, "z.safetensors")
+    torch.save(torch.ones(2, 3, 4), "z.pt")
+    for suffix in files.LATENT_SUFFIXES:
+        Path(f"z{suffix}").rename(f"Z{suffix.upper()}")
+        assert files.load_latents(Path(f"Z{suffix.upper()}"))[0].shape == (2, 3, 4)

@@ -147,8 +147,11 @@ def test_chunks_and_overlap_by_default():
         (TINY | dict(num_attention_heads=32, pixel_dim=4), 1, dict(tile_size=32, tile_overlap=16),
          4 * (2 * (32 + 8) * 512
               + 1.1 * (2 * 3 * 8192 + 2 * 3 * 2048 + 2 * 4096 + 6 * (4096 + 5120) + 4096 + 5120 + 12288))),
+        # The adapter, 5 x 32 x 1280 of it at once, before anything else.
+        (TINY | dict(adapter_dim=1280, num_adapter_layers=0, pixel_dim=4), 1, {},
+         4 * (2 * 32 * 32 + 1.1 * 5 * 32 * 1280)),
     ],
-    ids=["pixels", "patches", "tiles"],
+    ids=["pixels", "patches", "tiles", "adapter"],
 )  # fmt: skip
 def test_memory_by_hand(config, chunk_size, kwargs, expected, monkeypatch):
     """Two images of 64 x 64 px, 32 patches of 2 of 16 px, and 5 text tokens to each, in float32."""
@@ -211,3 +214,8 @@ def test_tiles_are_made_smaller_down_to_four_overlaps(overlap, smallest):
 
 def test_overlap_is_nothing_to_an_image_of_one_tile():
     assert plan(tiny_model(), 32, 32, tile_overlap=64, max_memory="80GB").tiles.count == 1
+
+
+def test_operations_of_text():
+    narrow, wide = (count_flops(tiny_model(**TINY | dict(text_embed_dim=width)), 12, 7)[0] for width in (20, 50))
+    assert wide - narrow == 2 * 7 * 30 * 32

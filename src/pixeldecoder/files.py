@@ -142,7 +142,7 @@ def read_tensors(path: str | Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: expected a .safetensors, .pth or .pt file, there is no such file")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:

@@ -78,6 +78,13 @@ def test_latents_are_dropped_whole():
     torch.testing.assert_close(weight, condition.aux_rgb_weight)
 
 
+def test_captions_and_latents_are_dropped_apart():
+    """Draws of a sample: for its caption, for its latents, whether it is noised, and how much."""
+    draws = torch.tensor([[0.0, 0.9, 0.7, 0.5], [0.9, 0.0, 0.8, 0.5]])
+    kept, sigma = conditions(Teacher(encoder="averaging:encode", data=DATA))._levels(draws, 0.5)
+    assert kept.tolist() == [1, 0] and sigma.tolist() == pytest.approx([0.4, 0])
+
+
 @pytest.fixture
 def spelled(monkeypatch):
     """In place of Gemma-2: a caption's embedding is its length."""
