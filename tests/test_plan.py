@@ -219,3 +219,9 @@ def test_overlap_is_nothing_to_an_image_of_one_tile():
 def test_operations_of_text():
     narrow, wide = (count_flops(tiny_model(**TINY | dict(text_embed_dim=width)), 12, 7)[0] for width in (20, 50))
     assert wide - narrow == 2 * 7 * 30 * 32
+
+
+def test_operations_of_gates():
+    """Two, from 2 x 32 channels: 32 values of a token, or one."""
+    wide, narrow = (count_flops(tiny_model(**TINY | dict(per_channel_gate=wide)), 12)[0] for wide in (True, False))
+    assert wide - narrow == 2 * 12 * 2 * 64 * 31
