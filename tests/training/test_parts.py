@@ -197,3 +197,8 @@ def test_a_teacher_s_batch_in_micro_batches(teacher, tmp_path):
         assert values == pytest.approx(whole, rel=1e-5)
         for a, b in zip(gradients, accumulated, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_is_set_as_its_part_says():
+    (group,) = part(1.0, betas=(0.5, 0.7), weight_decay=0.3).optimizer.param_groups
+    assert group["betas"] == (0.5, 0.7) and group["weight_decay"] == 0.3
