@@ -175,3 +175,11 @@ def test_suffixes_in_capitals():
     for suffix in files.LATENT_SUFFIXES:
         Path(f"z{suffix}").rename(f"Z{suffix.upper()}")
         assert files.load_latents(Path(f"Z{suffix.upper()}"))[0].shape == (2, 3, 4)
+
+
+def test_pictures_and_tensors_are_the_same():
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    assert np.array_equal(files.to_image(files.to_tensor(ramp)), ramp)
+    nearly = files.to_tensor(ramp) + 0.4 / 127.5 * (1 - files.to_tensor(ramp).abs())  # to the nearest
+    assert np.array_equal(files.to_image(nearly), ramp)
+    assert np.array_equal(files.to_image(nearly - 0.8 / 127.5 * (1 - files.to_tensor(ramp).abs())), ramp)
