@@ -298,3 +298,10 @@ def test_processes_share_what_is_in_memory(tmp_path):
     for batch, *both in zip(whole, *shares, strict=True):
         assert torch.equal(batch.image, torch.cat([share.image for share in both]))
         assert batch.samples == both[0].samples + both[1].samples
+
+
+def test_crops_reach_every_edge(tmp_path):
+    """Of a picture one pixel larger than a crop there are four."""
+    source = Folder(write_photos(tmp_path, 1, (33, 33)))
+    (batch,) = islice(batches_in_memory(source, 32, 40, seed=0), 1)
+    assert len({image.numpy().tobytes() for image in batch.image}) == 4

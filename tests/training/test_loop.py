@@ -326,7 +326,8 @@ def test_going_on_with_other_settings_is_refused(teacher, change, differs):
 
 def test_a_folder_may_be_written_in_another_way(teacher):
     train(replace(teacher, steps=1))
-    train(replace(teacher, steps=2, data=replace(teacher.data, source=f"{teacher.data.source}/")))
+    last = train(replace(teacher, steps=2, data=replace(teacher.data, source=f"{teacher.data.source}/")))
+    assert last.name == "step_00000002"
 
 
 @pytest.mark.parametrize(
