@@ -40,14 +40,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pixeldecoder.evaluation.metrics import SqueezeNetDistance
 from pixeldecoder.files import to_tensor
+from pixeldecoder.flow import STUDENT_TIMES, noised
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pipeline import NANO as NANO_FOLDER
-from pixeldecoder.pipeline import STUDENT_TIMES, PixelDecoderPipeline
+from pixeldecoder.pictures import shrink
+from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.presets import NANO as NANO_FOLDER
 from pixeldecoder.training import losses
-from pixeldecoder.training.degrade import noised, shrink
 from pixeldecoder.training.parts import autocast
 
 

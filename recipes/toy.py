@@ -21,12 +21,11 @@ from PIL import Image
 
 from pixeldecoder.evaluation.metrics import SqueezeNetDistance
 from pixeldecoder.files import to_tensor
-from pixeldecoder.latents import add_noise
+from pixeldecoder.flow import SampleRandom, add_noise
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pictures import SUFFIXES, shrink
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.training.config import Data, Optimizer, Prior, Student, Teacher
-from pixeldecoder.training.data import SUFFIXES, SampleRandom
-from pixeldecoder.training.degrade import shrink
 from pixeldecoder.training.loop import train
 
 SIZE = 64

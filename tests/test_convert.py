@@ -17,6 +17,7 @@ from pixeldecoder.convert import (
     folder_to_reference,
     infer_config,
     load_folder,
+    load_reference_model,
     save_reference_checkpoint,
 )
 from pixeldecoder.pipeline import teacher_scheduler
@@ -55,7 +56,7 @@ def test_round_trip_is_bit_for_bit(case, tmp_path):
     golden = Golden(case)
     state = {name: tensor.bfloat16() for name, tensor in golden.state.items()}
     torch.save({f"net.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.pth")
-    model = PixelDecoderTransformer2DModel.from_single_file(tmp_path / "model.pth", **overrides(golden))
+    model = load_reference_model(tmp_path / "model.pth", **overrides(golden))
     assert model.dtype == torch.bfloat16
     assert dict(model.config).items() >= config_from_reference(golden.kwargs).items()
     model.save_pretrained(tmp_path / "diffusers")
@@ -70,7 +71,7 @@ def test_prefixes_and_layouts(prefix, repackage, tmp_path):
     for extra in ("net_ema.a", "fake_score.b", "discriminator.c", f"{prefix}_repa_projector.d"):
         state[extra] = torch.zeros(1)
     save_file(state, tmp_path / "model.safetensors")
-    model = PixelDecoderTransformer2DModel.from_single_file(tmp_path / "model.safetensors", **overrides(golden))
+    model = load_reference_model(tmp_path / "model.safetensors", **overrides(golden))
     assert_same(export_reference_state_dict(model.state_dict()), golden.state)
 
 
@@ -79,7 +80,7 @@ def test_written_checkpoint_is_the_released_format(suffix, tmp_path):
     golden = Golden("v1_sdxl")
     save_reference_checkpoint(golden.model, tmp_path / f"model{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"model{suffix}"]
-    again = PixelDecoderTransformer2DModel.from_single_file(tmp_path / f"model{suffix}", **overrides(golden))
+    again = load_reference_model(tmp_path / f"model{suffix}", **overrides(golden))
     assert_same(export_reference_state_dict(again.state_dict()), golden.state)
     if suffix == ".pth":
         names = torch.load(tmp_path / "model.pth", weights_only=True).keys()
@@ -122,18 +123,18 @@ def test_release_name_in_the_path_is_used(tmp_path):
     name = "PiD_v1pt5_res2kto4k_sr4x_official_flux2_distill_4step"
     (tmp_path / name).mkdir()
     torch.save({f"net.{key}": t for key, t in golden.state.items()}, tmp_path / name / "model_ema_bf16.pth")
-    model = PixelDecoderTransformer2DModel.from_single_file(tmp_path / name / "model_ema_bf16.pth")
+    model = load_reference_model(tmp_path / name / "model_ema_bf16.pth")
     assert dict(model.config).items() >= config_from_reference(golden.kwargs).items()
 
 
 def test_prior_without_adapter(tmp_path):
     state = {k: t for k, t in Golden("v1_sdxl").state.items() if not k.startswith("lq_proj")}
     torch.save({f"net.{key}": t for key, t in state.items()}, tmp_path / "PixelDiT_finetune_2kto4k.pth")
-    model = PixelDecoderTransformer2DModel.from_single_file(tmp_path / "PixelDiT_finetune_2kto4k.pth")
+    model = load_reference_model(tmp_path / "PixelDiT_finetune_2kto4k.pth")
     assert model.adapter is None and model.config.rope_reference_size == 2048
     torch.save(state, tmp_path / "unnamed.pth")
     with pytest.raises(ValueError, match="rope_reference_size"):
-        PixelDecoderTransformer2DModel.from_single_file(tmp_path / "unnamed.pth")
+        load_reference_model(tmp_path / "unnamed.pth")
 
 
 class Code:
@@ -171,7 +172,7 @@ def test_bad_file(write, message, tmp_path):
     golden, path = Golden("v1_sdxl"), tmp_path / "model.pth"
     write(path, golden.state)
     with pytest.raises(ValueError, match=message) as error:
-        PixelDecoderTransformer2DModel.from_single_file(path, **overrides(golden))
+        load_reference_model(path, **overrides(golden))
     assert "model.pth" in str(error.value)
 
 
@@ -180,16 +181,16 @@ def test_truncated_safetensors(tmp_path):
     save_file(golden.state, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a readable"):
-        PixelDecoderTransformer2DModel.from_single_file(path, **overrides(golden))
+        load_reference_model(path, **overrides(golden))
 
 
 def test_unreleased_network_asks_for_what_is_open(tmp_path):
     golden, path = Golden("v1_sdxl"), tmp_path / "model.pth"
     torch.save(golden.state, path)
     with pytest.raises(ValueError, match="adapter_padding_mode, rope_reference_size"):
-        PixelDecoderTransformer2DModel.from_single_file(path)
+        load_reference_model(path)
     with pytest.raises(ValueError, match='no released checkpoint "nonsense"'):
-        PixelDecoderTransformer2DModel.from_single_file(path, preset="nonsense")
+        load_reference_model(path, preset="nonsense")
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(-1, -1), (0, -1), (1, 0), (2, 1), (4, 3)])
@@ -328,7 +329,7 @@ def test_named_release_is_believed_over_the_files_own_settings(tmp_path):
     """And an argument over both."""
     path, name = tmp_path / "model.safetensors", "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step"
     save_reference_checkpoint(tiny_model(**TINY_V15 | dict(rope_reference_size=512)), path)
-    load = PixelDecoderTransformer2DModel.from_single_file
+    load = load_reference_model
     assert load(path).config.rope_reference_size == 512
     assert load(path, name).config.rope_reference_size == 2048
     assert load(path, rope_reference_size=64).config.rope_reference_size == 64

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from conftest import TINY, tiny_model, tiny_pipeline
 from families import save_gemma
 from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
-from pixeldecoder.pipeline import NANO
+from pixeldecoder.presets import NANO
 from pixeldecoder.text import PromptEncoder
 
 LATENTS = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,8 @@ from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVi
 
 from conftest import Golden, golden_parameter
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.latents import SPACES, add_noise, find_latent_space, load_autoencoder, load_image_encoder
+from pixeldecoder.flow import add_noise
+from pixeldecoder.latents import SPACES, find_latent_space, load_autoencoder, load_image_encoder
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
 from pixeldecoder.demo import psnr, to_tensor
-from pixeldecoder.pipeline import NANO
+from pixeldecoder.presets import NANO
 
 SAMPLES = sorted((NANO / "samples").glob("*.safetensors"))
 

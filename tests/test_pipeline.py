@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from conftest import GOLDEN, TINY, TINY_NANO, Golden, normal, relative, tiny_model, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.pipeline import student_times, teacher_scheduler
+from pixeldecoder.flow import student_times
+from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS, RELEASED_NEGATIVE_PROMPT
 
 SAMPLES = [
@@ -41,7 +42,8 @@ def test_golden_student(case, key, monkeypatch):
     def named_noise(shape, **kwargs):
         return normal(next(noises), shape)
 
-    monkeypatch.setattr("pixeldecoder.pipeline.randn_tensor", named_noise)
+    for module in ("pipeline", "flow"):
+        monkeypatch.setattr(f"pixeldecoder.{module}.randn_tensor", named_noise)
     monkeypatch.setattr("diffusers.schedulers.scheduling_flow_match_lcm.randn_tensor", named_noise)
     schedulers = {"sample_sde": FlowMatchLCMScheduler, "sample_ode": FlowMatchEulerDiscreteScheduler}
     pipeline = PixelDecoderPipeline(golden.model, schedulers[key](shift=1.0))

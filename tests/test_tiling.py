@@ -11,7 +11,7 @@ from PIL import Image
 from conftest import TINY, TINY_NANO, TINY_V15, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.models.adapter import LatentFeatures
-from pixeldecoder.pipeline import NANO
+from pixeldecoder.presets import NANO
 from pixeldecoder.tiling import Tiles, cut, tiled_velocity
 
 

@@ -19,8 +19,9 @@ import tyro
 
 from pixeldecoder import __version__
 from pixeldecoder.errors import OUT_OF_MEMORY, blaming, explain
+from pixeldecoder.hub import is_hub_id
 from pixeldecoder.options import parse
-from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name, is_hub_id
+from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name
 
 if TYPE_CHECKING:
     import torch
@@ -184,13 +185,14 @@ class TextEncoder:
     """Of its weights, by bitsandbytes."""
 
     def attach(self, pipeline: "PixelDecoderPipeline") -> None:
-        from pixeldecoder.text import PromptEncoder, prompt_cache
+        from pixeldecoder.hub import cache_folder
+        from pixeldecoder.text import PromptEncoder
 
         pipeline.prompt_encoder = PromptEncoder(
             self.text_encoder,
             pipeline.device if self.text_device == "auto" else torch_device(self.text_device, "--text-device"),
             None if self.text_quantization == "none" else self.text_quantization,
-            prompt_cache(),
+            cache_folder() / "prompts",
         )
 
 
@@ -623,8 +625,8 @@ class Plan(Decoder):
         import torch
 
         from pixeldecoder.files import Naming
+        from pixeldecoder.flow import student_times
         from pixeldecoder.performance import quantize
-        from pixeldecoder.pipeline import student_times
         from pixeldecoder.plan import duration, estimate_seconds, measure_rates, must_offload, plan, weight_bytes
         from pixeldecoder.presets import PRESETS
 
@@ -1010,7 +1012,7 @@ def load_diffusion_pipeline(name: str, dtype: "torch.dtype", arguments: dict[str
     """`arguments` are those its call is to take."""
     from diffusers import DiffusionPipeline
 
-    from pixeldecoder.latents import unreachable
+    from pixeldecoder.hub import unreachable
 
     try:
         with blaming(f"{name} could not be loaded"):
@@ -1037,7 +1039,7 @@ def lora_and_strength(given: str) -> tuple[str, float]:
 
 def lora_file(name: str) -> Path:
     """A LoRA's file: itself, the one of a folder, or of a Hub repository."""
-    from pixeldecoder.latents import download
+    from pixeldecoder.hub import download
 
     path = Path(name) if Path(name).exists() else download(name, ["*.safetensors"])
     if path.is_file():

@@ -286,7 +286,7 @@ def read_reference(
 def load_reference_model(
     path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
 ) -> PixelDecoderTransformer2DModel:
-    """A reference checkpoint as a model: `PixelDecoderTransformer2DModel.from_single_file`.
+    """A checkpoint in the reference's format, `.pth` or `.safetensors`, as a model.
 
     What `save_reference_checkpoint` wrote beside the tensors is used, unless a preset is named.
 

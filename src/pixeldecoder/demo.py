@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
-from pixeldecoder.evaluation.metrics import psnr
 from pixeldecoder.files import to_image, to_tensor
-from pixeldecoder.pipeline import NANO, PixelDecoderPipeline
+from pixeldecoder.pictures import psnr
+from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.presets import NANO
 
 SIGMA = 0.3
 

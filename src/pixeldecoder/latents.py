@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from pixeldecoder.presets import is_hub_id
+from pixeldecoder.flow import Frame
+from pixeldecoder.hub import download, is_hub_id
+from pixeldecoder.models.encoder import TinyLatentEncoder
+from pixeldecoder.presets import NANO
 
-Frame = Literal["flow", "variance-preserving"]
 ImageEncoder = Callable[[torch.Tensor], torch.Tensor]
 """Image (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, H/f, W/f)."""
 
@@ -195,16 +196,6 @@ def normalise(latents: torch.Tensor, space: LatentSpace | None) -> torch.Tensor:
     )
 
 
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, frame: Frame = "flow") -> torch.Tensor:
-    """Latents (B, C, h, w) noised to sigma (B,), as a partly finished latent model leaves them (method: Latent spaces).
-
-    "flow": (1 - sigma) z + sigma noise; "variance-preserving" (SDXL): sqrt(1 - sigma^2) z + sigma noise.
-    """
-    sigma = sigma.to(latents)[:, None, None, None]
-    keep = 1 - sigma if frame == "flow" else (1 - sigma**2).sqrt()
-    return keep * latents + sigma * noise
-
-
 def load_image_encoder(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> ImageEncoder:
@@ -225,9 +216,6 @@ def load_image_encoder(
         except (ImportError, AttributeError) as error:
             raise ValueError(f'encoder "{name}": expected "module:function" that can be imported: {error}') from None
     if name == "nano":
-        from pixeldecoder.models.encoder import TinyLatentEncoder
-        from pixeldecoder.pipeline import NANO
-
         model = TinyLatentEncoder.from_pretrained(NANO / "encoder", dtype=dtype)
     else:
         model = load_autoencoder(name, dtype)
@@ -261,8 +249,6 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
             f"{folder}: expected a diffusers autoencoder, with its class in config.json, or a SigLIP model"
         ) from None
     if class_name == "TinyLatentEncoder":
-        from pixeldecoder.models.encoder import TinyLatentEncoder
-
         return TinyLatentEncoder.from_pretrained(folder, dtype=dtype)
     if class_name == "SiglipVisionModel":
         from transformers import SiglipVisionModel
@@ -272,33 +258,6 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
         known = ", ".join([*_ENCODE, "TinyLatentEncoder"])
         raise ValueError(f'{folder}: {class_name}: expected one of {known}, or a callable of yours ("module:function")')
     return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
-
-
-def download(name: str, patterns: list[str] | None = None, **kwargs: Any) -> Path:
-    """Files of a Hub repository, by default all, as a folder.
-
-    Args:
-        kwargs: for `snapshot_download`: `revision`, `token`, `cache_dir`, ...
-
-    Raises:
-        ValueError: no such repository, or it cannot be reached; the message says what to do.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
-    except (OSError, ValueError) as error:  # ValueError: neither a folder here nor a Hub id
-        raise unreachable(name, error) from None
-
-
-def unreachable(name: str, error: Exception) -> ValueError:
-    """For a Hub id that could not be loaded."""
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ValueError(
-        f"{name} could not be loaded from https://huggingface.co ({reason}), and there is no such folder here. Without "
-        "a network, download it elsewhere and give the path of its file or folder; a private or gated one needs "
-        "`hf auth login`"
-    )
 
 
 @torch.no_grad()

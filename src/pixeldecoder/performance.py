@@ -8,9 +8,9 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from torch import nn
 
+from pixeldecoder.hub import cache_folder
 from pixeldecoder.models.layers import PatchBlock
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.text import cache_folder
 
 Quantization = Literal["none", "int8", "float8", "float8-storage"]
 

@@ -27,16 +27,16 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pixeldecoder
-from pixeldecoder.convert import check_arguments, pipeline_settings
+from pixeldecoder import flow
+from pixeldecoder.convert import check_arguments, load_reference_model, pipeline_settings
+from pixeldecoder.flow import add_noise, lcm_step, student_times, time_shift
+from pixeldecoder.hub import download, unreachable
 from pixeldecoder.latents import (
     SPACES,
     ImageEncoder,
-    add_noise,
-    download,
     encode,
     normalise,
     unpack_tokens,
-    unreachable,
 )
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
@@ -44,6 +44,7 @@ from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.plan import Plan, plan
 from pixeldecoder.presets import (
     HUB_REPOSITORY,
+    NANO,
     PRESETS,
     RELEASED_LICENSE,
     check_decoder_name,
@@ -55,10 +56,8 @@ from pixeldecoder.tiling import tiled_velocity
 
 logger = logging.get_logger(__name__)
 
-NANO = Path(__file__).parent / "weights" / "nano"
 _ONE = (type(None), str, torch.Generator)
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 
 
 @dataclass(eq=False)
@@ -225,11 +224,11 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
     def from_single_file(
         cls, path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
     ) -> "PixelDecoderPipeline":
-        """Load a checkpoint in the reference's format; see `PixelDecoderTransformer2DModel.from_single_file`.
+        """Load a checkpoint in the reference's format; see `pixeldecoder.convert.load_reference_model`.
 
         Weights in float8, in which nothing computes, come as bfloat16 unless `dtype` says otherwise.
         """
-        transformer = PixelDecoderTransformer2DModel.from_single_file(path, preset, dtype, **overrides)
+        transformer = load_reference_model(path, preset, dtype, **overrides)
         if any(parameter.dtype.itemsize == 1 for parameter in transformer.parameters()):
             transformer.to(torch.bfloat16)
         settings = file_settings(path, preset, is_prior=transformer.adapter is None)
@@ -365,7 +364,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             if not self.guides(guidance):
                 return v
             v_u = velocity(image, features, time, negative())  # without text alone: the latents are present in both
-            return v_u + guidance * (v - v_u)
+            return flow.guided(v_u, v, guidance)
 
         with self._running(guidance_scale, len(scheduler.timesteps)) as call:
             embeds = self._prompt_embeds(prompt, prompt_embeds, batch, "prompt")
@@ -702,7 +701,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         if isinstance(self.scheduler, DPMSolverMultistepScheduler):
             if sigmas is not None:
                 raise ValueError(f"DPM-Solver++ chooses its own times: expected a number of steps, got sigmas {sigmas}")
-            shift = 6 * math.sqrt(math.sqrt(height * width) / 2048)
+            shift = time_shift(height, width)
             scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config, flow_shift=shift)
             scheduler.set_timesteps(steps, device=device)
         else:
@@ -726,22 +725,6 @@ def postprocess(image: torch.Tensor, output_type: str) -> torch.Tensor | np.ndar
     if output_type == "np":
         return image.cpu().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in image.mul_(255).round_().to(torch.uint8)]
-
-
-def lcm_step(
-    velocity: torch.Tensor,
-    image: torch.Tensor,
-    t: torch.Tensor,
-    t_next: torch.Tensor,
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> torch.Tensor:
-    """x0 = x - t v, then (1 - t') x0 + t' noise (method: Sampling), overwriting the velocity.
-
-    The same numbers as `FlowMatchLCMScheduler.step`, whose seven tensors as large as the image would be the peak of a
-    tiled decode; here are three.
-    """
-    noise = randn_tensor(image.shape, generator=generator, device=image.device, dtype=torch.float32)
-    return velocity.mul_(-t).add_(image).mul_(1 - t_next).add_(noise.mul_(t_next))
 
 
 def _described(value: Any) -> str:
@@ -781,15 +764,6 @@ _TOLD: set[tuple] = set()
 def _print_license(name: str, license: str) -> None:
     """Once for each checkpoint and process."""
     logger.warning(f"{name}: {license}")
-
-
-def student_times(steps: int) -> list[float]:
-    """The distilled student's times for 1 to 4 steps, without the closing 0 (method: Sampling)."""
-    if not 1 <= steps <= 4:
-        raise ValueError(f"a distilled decoder takes 1 to 4 steps, got {steps}: more is not what it learned")
-    if steps == 1:
-        return [1.0]
-    return [STUDENT_TIMES[i] for i in np.linspace(0, 4, steps + 1).round().astype(int)[:-1]]
 
 
 def file_settings(path: str | Path, preset: str | None, is_prior: bool) -> dict[str, Any]:

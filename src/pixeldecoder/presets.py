@@ -1,10 +1,14 @@
-"""A released checkpoint's name in; its configuration, latent space and licence out (method: Latent spaces)."""
+"""A released checkpoint's name in; its configuration, latent space and licence out ."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pixeldecoder.hub import is_hub_id
+
+NANO = Path(__file__).parent / "weights" / "nano"
+"""The bundled decoder."""
 HUB_REPOSITORY = "nvidia/PiD"
 TEXT_ENCODER = "Efficient-Large-Model/gemma-2-2b-it"
 """The ungated copy of google/gemma-2-2b-it, whose last hidden state the released networks read."""
@@ -119,8 +123,3 @@ def check_decoder_name(name: str) -> None:
             f'no decoder "{name}": expected "nano", a folder or a checkpoint file (there is no such folder or file), a '
             f"Hub id (owner/name) or one of the released names {', '.join(PRESETS)}"
         )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it reads "owner/name", which "./folder", "../folder", "folder/" and "~/folder" do not."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pixeldecoder.files import write_whole
-from pixeldecoder.presets import TEXT_ENCODER, is_hub_id
+from pixeldecoder.hub import is_hub_id
+from pixeldecoder.presets import TEXT_ENCODER
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +77,7 @@ class PromptEncoder:
         name: folder or Hub id of Gemma-2 with its tokenizer.
         device: where it runs, "cpu" too beside a decoder on a GPU; `None`: where the decoder does.
         quantization: of its weights, by bitsandbytes (`pip install "pixeldecoder[quantize]"`).
-        cache: folder in which embeddings are kept, each in a file named after its content (see `prompt_cache`); `None`
+        cache: folder in which embeddings are kept, each in a file named after its content; `None`
             keeps the last ones, in memory.
     """
 
@@ -139,7 +140,7 @@ class PromptEncoder:
                     )
                 bits = {"8bit": dict(load_in_8bit=True), "4bit": dict(load_in_4bit=True)}[self.quantization]
                 kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": device})
-            from pixeldecoder.latents import download, unreachable
+            from pixeldecoder.hub import download, unreachable
 
             name = os.path.expanduser(self.name)
             if not Path(name).is_dir() and is_hub_id(name) and not try_to_load_from_cache(name, "config.json"):
@@ -154,17 +155,6 @@ class PromptEncoder:
             model = model if self.quantization else model.to(device)
             self._parts = tokenizer, model.eval().requires_grad_(False)
         return self._parts
-
-
-def cache_folder() -> Path:
-    """$PIXELDECODER_CACHE, or pixeldecoder in the user's cache folder."""
-    base = os.environ.get("PIXELDECODER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "pixeldecoder"
-    return Path(base).expanduser()
-
-
-def prompt_cache() -> Path:
-    """Where the command keeps prompt embeddings."""
-    return cache_folder() / "prompts"
 
 
 def save_prompt_embeds(embeds: torch.Tensor, path: Path, prompt: str = "") -> None:

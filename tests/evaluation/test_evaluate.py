@@ -44,9 +44,9 @@ from pixeldecoder.evaluation.judge import _uri, verdicts
 from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_facts
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics
 from pixeldecoder.evaluation.report import interval, write_report
+from pixeldecoder.pictures import Shards
 from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS, Preset
-from pixeldecoder.training.data import Shards
 
 CROP = 128
 

@@ -22,13 +22,13 @@ from pixeldecoder.evaluation.metrics import (
     find_metrics,
     load_metrics,
     measure,
-    psnr,
     spectral_error,
     texture,
     texture_map,
 )
 from pixeldecoder.files import to_tensor
-from pixeldecoder.pipeline import NANO
+from pixeldecoder.pictures import psnr
+from pixeldecoder.presets import NANO
 
 
 def test_distance(tmp_path):

@@ -13,16 +13,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from pixeldecoder.training.data import (
-    Folder,
-    Purpose,
-    SampleRandom,
-    Shards,
-    batches,
-    batches_in_memory,
-    bucket,
-    bucket_sizes,
-)
+from pixeldecoder.flow import Purpose, SampleRandom
+from pixeldecoder.pictures import Folder, Shards, bucket
+from pixeldecoder.training.data import batches, batches_in_memory, bucket_sizes
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.teacher import TeacherStage
 from training.conftest import write_photos

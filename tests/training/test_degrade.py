@@ -10,11 +10,13 @@ from PIL import Image
 
 from conftest import TINY
 from pixeldecoder.files import to_tensor
+from pixeldecoder.flow import SampleRandom, noised, training_times
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pictures import shrink
 from pixeldecoder.training import degrade
 from pixeldecoder.training.config import Data, Prior, Student, Teacher
-from pixeldecoder.training.data import Batch, SampleRandom
-from pixeldecoder.training.degrade import Conditions, noised, shrink, training_times
+from pixeldecoder.training.data import Batch
+from pixeldecoder.training.degrade import Conditions
 from training.conftest import ARCHITECTURE
 
 COUNT = 4000

@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import TINY, randomized
+from pixeldecoder.flow import SampleRandom
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
 from pixeldecoder.training import distill, loop
 from pixeldecoder.training.config import Optimizer
-from pixeldecoder.training.data import Batch, SampleRandom
+from pixeldecoder.training.data import Batch
 from pixeldecoder.training.degrade import Condition
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.parts import Average

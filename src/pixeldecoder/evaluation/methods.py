@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from pixeldecoder.convert import read_reference
 from pixeldecoder.files import load_image, to_image, to_tensor
-from pixeldecoder.latents import SPACES, Frame, add_noise, decode, encode
-from pixeldecoder.pipeline import NANO, PixelDecoderPipeline, file_settings, student_times
-from pixeldecoder.presets import HUB_REPOSITORY, PRESETS
-from pixeldecoder.training.data import SUFFIXES, SampleRandom
+from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
+from pixeldecoder.latents import SPACES, decode, encode
+from pixeldecoder.pictures import SUFFIXES
+from pixeldecoder.pipeline import PixelDecoderPipeline, file_settings
+from pixeldecoder.presets import HUB_REPOSITORY, NANO, PRESETS
 
 BASELINES = ("bicubic", "lanczos", "vae", "upscale:FOLDER_OR_HUB_ID", "spandrel:FILE")
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pixeldecoder.convert import read_tensors
 from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.files import to_image
+from pixeldecoder.pictures import psnr
 
 Score = Callable[[torch.Tensor, Any, str], float]
 """Of an image (1, 3, H, W) in [-1, 1], the truth of the same shape or `None`, and the prompt."""
@@ -106,11 +107,6 @@ def _reason(error: Exception) -> str:
     """In one line; before what is no sentence of ours, its kind."""
     text = str(error).strip().split("\n")[0][:200]
     return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], over all values; at most 100."""
-    return (10 * torch.log10(4 / F.mse_loss(image.float(), truth.float()).clamp(min=4e-10))).item()
 
 
 def unit(image: torch.Tensor) -> torch.Tensor:

@@ -39,11 +39,11 @@ from pixeldecoder.evaluation.methods import (
 )
 from pixeldecoder.evaluation.metrics import METRICS, WAYS, find_metrics, load_metrics, measure
 from pixeldecoder.files import load_image, save_image, to_image, to_tensor, write_whole
-from pixeldecoder.latents import Frame, load_autoencoder
+from pixeldecoder.flow import Frame
+from pixeldecoder.latents import load_autoencoder
 from pixeldecoder.ldm import parse_stop, partly_denoise
+from pixeldecoder.pictures import UNREADABLE, Folder, Record, Shards, shrink
 from pixeldecoder.pipeline import PixelDecoderPipeline
-from pixeldecoder.training.data import UNREADABLE, Folder, Record, Shards
-from pixeldecoder.training.degrade import shrink
 
 PATCH = 256
 """Side in pixels of the patches of the patch FID."""

@@ -4,7 +4,6 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from pixeldecoder.flow import velocity_of_clean
 from pixeldecoder.models.adapter import LatentFeatures, SigmaAwareAdapter, SigmaGate
 from pixeldecoder.models.folder import FolderMixin
 from pixeldecoder.models.layers import (
@@ -33,8 +33,6 @@ from pixeldecoder.models.layers import (
 )
 
 TIME_WIDTH = 256
-MIN_TIME = 0.05
-"""A clean-image prediction is turned into a velocity by 1/t, clamped here (method: Training)."""
 
 
 @dataclass
@@ -160,25 +158,6 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         self.proj_out = nn.Linear(pixel_dim, 3)
         self.gradient_checkpointing = False
         self._init_weights()
-
-    @classmethod
-    def from_single_file(
-        cls, path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
-    ) -> "PixelDecoderTransformer2DModel":
-        """Load a checkpoint in the reference's format, `.pth` or `.safetensors`.
-
-        Args:
-            path: the file; a released name in it or in its folder's name is recognised.
-            preset: the released name, where the file is called otherwise.
-            dtype: of the weights; by default the file's.
-            overrides: arguments of this class that the tensors do not tell.
-
-        Raises:
-            ValueError: an unknown preset, an unreadable file, or missing or unexpected tensors, which are listed.
-        """
-        from pixeldecoder.convert import load_reference_model  # it builds this class
-
-        return load_reference_model(path, preset, dtype, **overrides)
 
     def _init_weights(self) -> None:
         for name, module in self.named_modules():
@@ -359,8 +338,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             if self.config.aux_rgb_base:
                 base = latent_features.aux_rgb.to(output.dtype)
                 output = output + F.interpolate(base, size=(height, width), mode="bicubic")
-            clamped_t = (t / 1000).clamp_min(MIN_TIME).to(output.dtype)[:, None, None, None]
-            output = (hidden_states - output) / clamped_t
+            output = velocity_of_clean(hidden_states, output, t / 1000)
         result = PixelDecoderOutput(
             sample=output,
             features=wanted,

@@ -15,7 +15,7 @@ from pixeldecoder.files import check_writable
 from pixeldecoder.presets import TEXT_ENCODER
 
 if TYPE_CHECKING:
-    from pixeldecoder.latents import Frame
+    from pixeldecoder.flow import Frame
 
 
 @dataclass(frozen=True)

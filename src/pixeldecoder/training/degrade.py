@@ -1,16 +1,16 @@
 """A batch of pictures in, what the network is told of them out: noisy latents, their sigma, prompt embeddings."""
 
-import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from pixeldecoder.latents import add_noise, load_image_encoder
+from pixeldecoder.flow import SampleRandom, add_noise
+from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pictures import shrink
 from pixeldecoder.text import PromptEncoder
 from pixeldecoder.training.config import Conditioned, Run, Student
-from pixeldecoder.training.data import Batch, SampleRandom, bucket_sizes, side_multiple
+from pixeldecoder.training.data import Batch, bucket_sizes, side_multiple
 
 
 class Condition(NamedTuple):
@@ -104,20 +104,3 @@ class Conditions:
         _, drop_latents, is_noised, level = draws.unbind(1)
         kept = (drop_latents >= latent_dropout).float()
         return kept, self.run.max_sigma * level * (is_noised < self.run.noise_probability)
-
-
-def shrink(image: torch.Tensor, factor: int) -> torch.Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor): bicubic, antialiased, clamped."""
-    return F.interpolate(image, scale_factor=1 / factor, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def training_times(random: SampleRandom, height: int, width: int) -> torch.Tensor:
-    """t (B,): logit-normal, shifted towards noise for large pictures (method: Training, "Time")."""
-    shift = 6 * math.sqrt(math.sqrt(height * width) / 2048)
-    t = random.normal().sigmoid()
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def noised(image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x_t = (1 - t) image + t noise, t (B,)."""
-    return torch.lerp(image, noise, t.to(image)[:, None, None, None])

@@ -9,13 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch.nn.utils import parametrize
 
+from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, clean, guided, noised
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
-from pixeldecoder.pipeline import STUDENT_TIMES, FlowMatchLCMScheduler, PixelDecoderPipeline
+from pixeldecoder.pipeline import FlowMatchLCMScheduler, PixelDecoderPipeline
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Student
-from pixeldecoder.training.data import Batch, SampleRandom
-from pixeldecoder.training.degrade import Condition, Conditions, noised
+from pixeldecoder.training.data import Batch
+from pixeldecoder.training.degrade import Condition, Conditions
 from pixeldecoder.training.parts import (
     Part,
     Terms,
@@ -122,9 +123,9 @@ class StudentStage:
             if self.guides:
                 negative = inputs | dict(encoder_hidden_states=condition.negative_embeds)
                 unconditional = self._teacher(x_t, t, negative).sample
-                velocity = unconditional + self.config.guidance_scale * (velocity - unconditional)
-            x0_teacher = _clean(x_t, velocity, t)
-            x0_fake = _clean(x_t, self.fake_score(x_t, 1000 * t, **condition.inputs()).sample, t)
+                velocity = guided(unconditional, velocity, self.config.guidance_scale)
+            x0_teacher = clean(x_t, velocity, t)
+            x0_fake = clean(x_t, self.fake_score(x_t, 1000 * t, **condition.inputs()).sample, t)
         logits = self.discriminator.module(tuple(feature.float() for feature in features))
         return {
             "vsd": losses.vsd(image, x0_teacher, x0_fake),
@@ -167,10 +168,10 @@ class StudentStage:
             x_t = random.normal(*image.shape[1:])
             with torch.no_grad():
                 for now, following in pairwise(times[: last + 1, None].expand(-1, len(image))):
-                    clean = _clean(x_t, self.student(x_t, 1000 * now, **condition.inputs()).sample, now)
-                    x_t = noised(clean, random.normal(*image.shape[1:]), following)
+                    x0 = clean(x_t, self.student(x_t, 1000 * now, **condition.inputs()).sample, now)
+                    x_t = noised(x0, random.normal(*image.shape[1:]), following)
             t = times[last].expand(len(image))
-        return _clean(x_t, self.student(x_t, 1000 * t, **condition.inputs()).sample, t)
+        return clean(x_t, self.student(x_t, 1000 * t, **condition.inputs()).sample, t)
 
     def _noised(self, image: torch.Tensor, random: SampleRandom) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         t = random.normal().sigmoid().clamp(0.02, 0.99)
@@ -204,8 +205,3 @@ class Int8Rows(torch.nn.Module):
     def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-8) / 127
         return (weight / scale).round().to(torch.int8), scale
-
-
-def _clean(x_t: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x0 = x_t - t v."""
-    return x_t - t[:, None, None, None] * velocity.float()

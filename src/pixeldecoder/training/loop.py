@@ -20,30 +20,16 @@ from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from pixeldecoder.evaluation.metrics import psnr
 from pixeldecoder.files import to_image, usual_mode, write_whole
-from pixeldecoder.latents import add_noise
+from pixeldecoder.flow import SampleRandom, add_noise
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pipeline import NANO
+from pixeldecoder.pictures import UNREADABLE, Folder, Record, Shards, bucket, psnr, shrink
 from pixeldecoder.plan import held_memory, memory_budget
+from pixeldecoder.presets import NANO
 from pixeldecoder.training.checkpoints import Checkpoints, full_state, is_main
 from pixeldecoder.training.config import Conditioned, Run, Student, check, to_dict, write_yaml
-from pixeldecoder.training.data import (
-    UNREADABLE,
-    Batch,
-    Folder,
-    Record,
-    SampleRandom,
-    Shards,
-    batches,
-    batches_in_memory,
-    bucket,
-    bucket_sizes,
-    crop,
-    side_multiple,
-)
-from pixeldecoder.training.degrade import shrink
+from pixeldecoder.training.data import Batch, batches, batches_in_memory, bucket_sizes, crop, side_multiple
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.parts import Average, TrainingError, autocast
 from pixeldecoder.training.teacher import TeacherStage

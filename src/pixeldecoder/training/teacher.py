@@ -5,12 +5,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from pixeldecoder.flow import SampleRandom, noised, training_times
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import PixelDecoderPipeline, teacher_scheduler
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Prior, Teacher
-from pixeldecoder.training.data import Batch, SampleRandom
-from pixeldecoder.training.degrade import Conditions, noised, training_times
+from pixeldecoder.training.data import Batch
+from pixeldecoder.training.degrade import Conditions
 from pixeldecoder.training.parts import Part, Terms, add_lora, autocast, build_network, freeze_unused, update
 
 
