@@ -40,15 +40,34 @@ def test_an_image_that_cannot_be_written_leaves_the_old_one(monkeypatch):
     assert Image.open("a.png").getpixel((0, 0)) == (255, 0, 0)
 
 
+def write_weights(folder):
+    (folder / "deep").mkdir()
+    save_file({"x": torch.zeros(1)}, folder / "deep/weights.safetensors")  # for its owner alone, as libraries have it
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all():
+    def fails(folder):
+        write_weights(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        files.write_folder(Path("a/b"), fails)
+    assert os.listdir("a") == []
+    files.write_folder(Path("a/b"), lambda folder: (folder / "old").touch())
+    with pytest.raises(OSError):
+        files.write_folder(Path("a/b"), fails)
+    assert os.listdir("a") == ["b"] and os.listdir("a/b") == ["old"]
+    files.write_folder(Path("a/b"), write_weights)
+    assert os.listdir("a") == ["b"] and os.listdir("a/b") == ["deep"]
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_mode_is_what_the_umask_says(umask):
     before = os.umask(umask)
     try:
         files.write_whole(Path("z.safetensors"), lambda path: save_file({"latents": torch.zeros(1)}, path))
         files.write_whole(Path("a.json"), lambda path: path.write_text("{}"))
-        Path("folder/deep").mkdir(parents=True, mode=0o755)
-        save_file({"x": torch.zeros(1)}, "folder/deep/weights.safetensors")  # for its owner alone, as libraries have it
-        files.usual_mode(Path("folder"))
+        files.write_folder(Path("folder"), write_weights)
     finally:
         os.umask(before)
     names = ("z.safetensors", "a.json", "folder/deep/weights.safetensors")

@@ -537,7 +537,7 @@ class Convert:
     """Whether it unpacks latents of 2 x 2 cells, as v1.5's for FLUX.2 do."""
 
     def run(self) -> None:
-        from pixeldecoder.files import check_target, check_writable, usual_mode
+        from pixeldecoder.files import check_target, check_writable, write_folder
 
         if not self.source.exists():
             raise ValueError(f"{self.source}: no such file or folder")
@@ -560,16 +560,7 @@ class Convert:
             overrides = {k: v for k, v in vars(self).items() if k not in known and v is not None}
             with blaming(f"{self.source} could not be read"):
                 pipeline = PixelDecoderPipeline.from_single_file(self.source, self.preset, **overrides)
-            temporary = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
-            try:
-                pipeline.save_pretrained(temporary)
-                usual_mode(temporary)
-                temporary.replace(self.output)
-            finally:
-                if temporary.exists():
-                    import shutil
-
-                    shutil.rmtree(temporary)
+            write_folder(self.output, pipeline.save_pretrained)
         print(self.output)
 
 

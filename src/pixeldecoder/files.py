@@ -5,6 +5,7 @@ Torch is imported where a tensor is made: what is wrong with a path can be told 
 
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -225,14 +226,22 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def usual_mode(folder: Path) -> None:
-    """Give a folder's .safetensors files, which are left to their owner alone, the mode that the umask says."""
-    probe = folder / f".mode.{os.getpid()}"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(mode)
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """As `write_whole`, a folder, in place of the one that is there."""
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        partial.mkdir(parents=True)
+        mode = partial.stat().st_mode & 0o666  # as above, without the right to enter
+        write(partial)
+        for file in partial.rglob("*.safetensors"):
+            file.chmod(mode)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists():
+            shutil.rmtree(old) if path.exists() else old.rename(path)
 
 
 class Naming:

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -20,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from pixeldecoder.files import to_image, usual_mode, write_whole
+from pixeldecoder.files import to_image, write_folder, write_whole
 from pixeldecoder.flow import SampleRandom, add_noise
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -311,11 +312,12 @@ def export(config: Run, stage: StudentStage | TeacherStage, average: Average) ->
         state = full_state(stage.model)
         if not is_main():
             return
+        pipeline = stage.pipeline(stage.model)
         if config.lora.rank:
             from peft import get_peft_model_state_dict
 
             layers = get_peft_model_state_dict(stage.model, state_dict=state)
-            stage.pipeline(stage.model).save_lora_weights(config.export, layers)
+            save = partial(pipeline.save_lora_weights, transformer_lora_layers=layers)
         else:
             model = PixelDecoderTransformer2DModel.from_config(stage.model.config)
             model.load_state_dict(state)
@@ -325,9 +327,13 @@ def export(config: Run, stage: StudentStage | TeacherStage, average: Average) ->
                 pipeline.register_modules(encoder=TinyLatentEncoder.from_pretrained(NANO / "encoder"))
             if encoder:
                 pipeline.register_to_config(encoder_name=encoder)
-            pipeline.save_pretrained(config.export, max_shard_size="5GB")
-    usual_mode(config.export)
-    write_yaml(config, config.export / "training.yaml")
+            save = partial(pipeline.save_pretrained, max_shard_size="5GB")
+
+        def write(folder: Path) -> None:
+            save(folder)
+            write_yaml(config, folder / "training.yaml")
+
+        write_folder(config.export, write)
 
 
 class Log:
