@@ -20,8 +20,8 @@ from pixeldecoder.convert import (
     load_reference_model,
     save_reference_checkpoint,
 )
-from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS
+from pixeldecoder.sampler import teacher_scheduler
 
 OPEN = ("latent_channels", "latent_downscale_factor", "scale", "unpack_latents", "adapter_padding_mode")
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from conftest import GOLDEN, TINY, TINY_NANO, Golden, normal, relative, tiny_model, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.flow import student_times
-from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS, RELEASED_NEGATIVE_PROMPT
+from pixeldecoder.sampler import teacher_scheduler
 
 SAMPLES = [
     (path.stem, key)

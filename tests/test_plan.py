@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import TINY, TINY_NANO, tiny_model
 from pixeldecoder import PixelDecoderTransformer2DModel
 from pixeldecoder.performance import set_attention
 from pixeldecoder.plan import (
+    Limits,
     Plan,
     count_flops,
     default_chunk_size,
@@ -61,7 +63,7 @@ def released(dtype=torch.bfloat16) -> PixelDecoderTransformer2DModel:
 def test_memory_is_saved_by_chunks_first_then_by_tiles():
     model, device = released(), torch.device("cuda")  # nothing is allocated there
     plans = [
-        plan(model, 2048, 2048, text_tokens=300, device=device, max_memory=memory, trained_size=2048)
+        plan(model, 2048, 2048, limits=Limits(max_memory=memory), text_tokens=300, device=device, trained_size=2048)
         for memory in ("20GB", "4.1GB", "3.6GB")
     ]
     assert [p.tiles.count for p in plans[:2]] == [1, 1] and plans[2].tiles.count > 1
@@ -69,15 +71,17 @@ def test_memory_is_saved_by_chunks_first_then_by_tiles():
     assert plans[0].memory > plans[1].memory > plans[2].memory
     assert "whole" in str(plans[0]) and "tiles of" in str(plans[2])
     with pytest.raises(ValueError, match="allow more memory"):
-        plan(model, 2048, 2048, device=device, max_memory="2.8GB")
-    assert not plan(model, 2048, 2048, device=device, max_memory="100GB", tile_size=None).tiled
+        plan(model, 2048, 2048, limits=Limits(max_memory="2.8GB"), device=device)
+    assert not plan(model, 2048, 2048, limits=Limits(max_memory="100GB", tile_size=None), device=device).tiled
 
 
 def test_released_network_takes_little_memory():
     """Of 13 and 22.5 GB that the paper reports at 2048 and 4096 px, text encoder left out."""
     device = torch.device("cuda")
     for size, limit in (2048, 6e9), (4096, 9e9):
-        memory = plan(released(), size, size, text_tokens=300, device=device, tile_size=None, max_memory="80GB").memory
+        memory = plan(
+            released(), size, size, limits=Limits(tile_size=None, max_memory="80GB"), text_tokens=300, device=device
+        ).memory
         assert 3e9 < memory < limit
 
 
@@ -109,7 +113,9 @@ def test_time_is_estimated():
     model = tiny_model(**TINY_NANO).to(torch.bfloat16)
     rates = measure_rates(model, torch.device("cpu"), tokens=256)
     assert all(1e6 < rate < 1e14 for rate in rates)
-    one, four = (estimate_seconds(plan(model, size, size, tile_size=None), rates, 4) for size in (256, 512))
+    one, four = (
+        estimate_seconds(plan(model, size, size, limits=Limits(tile_size=None)), rates, 4) for size in (256, 512)
+    )
     assert 4 < four / one < 16
 
 
@@ -127,12 +133,19 @@ def test_chunks_and_overlap_by_default():
     for device, patches in ("cpu", 256), ("cuda", 4096):
         assert default_chunk_size(model, torch.device(device)) == patches
     assert default_chunk_size(released(torch.float32), torch.device("cuda")) == 2048
-    kwargs = dict(device=torch.device("cuda"), max_memory="80GB")
-    assert plan(model, 4096, 4096, trained_size=2048, **kwargs).tiles == Tiles(
+    device = torch.device("cuda")
+    assert plan(model, 4096, 4096, limits=Limits(max_memory="80GB"), trained_size=2048, device=device).tiles == Tiles(
         1408, 1408, (0, 1344, 2688), (0, 1344, 2688), 64
     )
-    assert plan(model, 4096, 4096, tile_size=128, **kwargs).tiles.overlap == 32  # a quarter
-    assert plan(model, 4096, 4096, tile_size=512, tile_overlap=16, **kwargs).tiles.overlap == 16
+    assert (
+        plan(model, 4096, 4096, limits=Limits(tile_size=128, max_memory="80GB"), device=device).tiles.overlap == 32
+    )  # a quarter
+    assert (
+        plan(
+            model, 4096, 4096, limits=Limits(tile_size=512, tile_overlap=16, max_memory="80GB"), device=device
+        ).tiles.overlap
+        == 16
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +170,12 @@ def test_memory_by_hand(config, chunk_size, kwargs, expected, monkeypatch):
     """Two images of 64 x 64 px, 32 patches of 2 of 16 px, and 5 text tokens to each, in float32."""
     monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 1000)
     chosen = plan(
-        tiny_model(**config), 64, 64, 2, 5, chunk_size=chunk_size, max_memory="80GB", **{"tile_size": None} | kwargs
+        tiny_model(**config),
+        64,
+        64,
+        2,
+        5,
+        limits=Limits(chunk_size=chunk_size, **dict(tile_size=None, max_memory="80GB") | kwargs),
     )
     assert chosen.memory == pytest.approx(1000 + 96 * 2**20 + expected, abs=2)
 
@@ -165,16 +183,20 @@ def test_memory_by_hand(config, chunk_size, kwargs, expected, monkeypatch):
 def test_weights_elsewhere_are_counted(monkeypatch):
     """Those of a model that is yet to be moved, or of a block and the next where they take turns."""
     monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 0)
-    model, kwargs = tiny_model(**TINY), dict(tile_size=None, max_memory="80GB")
-    here = plan(model, 64, 64, **kwargs).memory
+    model, limits = tiny_model(**TINY), Limits(tile_size=None, max_memory="80GB")
+    here = plan(model, 64, 64, limits=limits).memory
     there = plan(
-        model, 64, 64, device=torch.device("cuda"), chunk_size=plan(model, 64, 64, **kwargs).chunk_size, **kwargs
+        model,
+        64,
+        64,
+        limits=replace(limits, chunk_size=plan(model, 64, 64, limits=limits).chunk_size),
+        device=torch.device("cuda"),
     )
     assert there.memory - here == 4 * sum(p.numel() for p in model.parameters())
     largest = max(
         sum(p.numel() for p in m.parameters()) for m in (*model.patch_blocks, *model.pixel_blocks, model.adapter)
     )
-    assert plan(model, 64, 64, offload=True, **kwargs).memory - here == 2 * 4 * largest
+    assert plan(model, 64, 64, limits=limits, offload=True).memory - here == 2 * 4 * largest
 
 
 def test_seconds_from_known_rates():
@@ -200,7 +222,9 @@ def test_limit_of_a_container(monkeypatch, tmp_path):
 
 def test_operations_are_those_of_all_tiles_and_images():
     model = tiny_model()
-    chosen = plan(model, 256, 512, batch=3, text_tokens=7, tile_size=128, tile_overlap=0, max_memory="80GB")
+    chosen = plan(
+        model, 256, 512, limits=Limits(tile_size=128, tile_overlap=0, max_memory="80GB"), batch=3, text_tokens=7
+    )
     matrix, attention = count_flops(model, 8 * 8, 7)
     assert chosen.tiles.count == 8
     assert (chosen.matrix_flops, chosen.attention_flops) == (24 * matrix, 24 * attention)
@@ -209,11 +233,11 @@ def test_operations_are_those_of_all_tiles_and_images():
 @pytest.mark.parametrize(("overlap", "smallest"), [(None, 256), (32, 128)])
 def test_tiles_are_made_smaller_down_to_four_overlaps(overlap, smallest):
     with pytest.raises(ValueError, match=f"with {smallest} x {smallest} px tiles and 16 patches at a time"):
-        plan(tiny_model(), 2048, 2048, tile_overlap=overlap, max_memory=1)
+        plan(tiny_model(), 2048, 2048, limits=Limits(tile_overlap=overlap, max_memory=1))
 
 
 def test_overlap_is_nothing_to_an_image_of_one_tile():
-    assert plan(tiny_model(), 32, 32, tile_overlap=64, max_memory="80GB").tiles.count == 1
+    assert plan(tiny_model(), 32, 32, limits=Limits(tile_overlap=64, max_memory="80GB")).tiles.count == 1
 
 
 def test_operations_of_text():

@@ -618,7 +618,15 @@ class Plan(Decoder):
         from pixeldecoder.files import Naming
         from pixeldecoder.flow import student_times
         from pixeldecoder.performance import quantize
-        from pixeldecoder.plan import duration, estimate_seconds, measure_rates, must_offload, plan, weight_bytes
+        from pixeldecoder.plan import (
+            Limits,
+            duration,
+            estimate_seconds,
+            measure_rates,
+            must_offload,
+            plan,
+            weight_bytes,
+        )
         from pixeldecoder.presets import PRESETS
 
         kwargs = self.call_kwargs()
@@ -651,7 +659,7 @@ class Plan(Decoder):
         offload = must_offload(model, device, self.max_memory)
         chosen = plan(
             model, height, width, self.batch, config.max_text_length if config.text_embed_dim else 0,
-            trained_size=trained, device=device, offload=offload, **kwargs,
+            Limits(**kwargs), trained_size=trained, device=device, offload=offload,
         )  # fmt: skip
         seconds = estimate_seconds(chosen, measure_rates(model, device), steps * (1 if guidance == 1 else 2))
         print(f"{chosen}, of it {weight_bytes(model) / 1e9:.2f} GB weights{', block by block' if offload else ''}")

@@ -1,22 +1,20 @@
 """Latents in, an image 4 or 8 times larger than their autoencoder's out: `PixelDecoderPipeline`."""
 
-import copy
 import functools
 import json
 import math
 import numbers
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchLCMScheduler
+from diffusers import DiffusionPipeline, FlowMatchLCMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -27,9 +25,8 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pixeldecoder
-from pixeldecoder import flow
 from pixeldecoder.convert import check_arguments, load_reference_model, pipeline_settings
-from pixeldecoder.flow import add_noise, lcm_step, student_times, time_shift
+from pixeldecoder.flow import add_noise
 from pixeldecoder.hub import download, unreachable
 from pixeldecoder.latents import (
     SPACES,
@@ -41,7 +38,7 @@ from pixeldecoder.latents import (
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.plan import Plan, plan
+from pixeldecoder.plan import Limits, Plan, plan
 from pixeldecoder.presets import (
     HUB_REPOSITORY,
     NANO,
@@ -51,8 +48,8 @@ from pixeldecoder.presets import (
     find_preset,
     sampled_like,
 )
+from pixeldecoder.sampler import Velocity, check_steps, sample, set_times, teacher_scheduler
 from pixeldecoder.text import PromptEncoder, encode_prompts
-from pixeldecoder.tiling import tiled_velocity
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +65,10 @@ class _Call:
     num_timesteps: int
     interrupt: bool = False
     running: bool = True
+
+    def check_interrupt(self) -> None:
+        if self.interrupt:
+            raise _Interrupted
 
 
 class _Interrupted(BaseException):
@@ -308,30 +309,13 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             ValueError: inputs that do not fit the network, or an image that does not fit the memory; the message says
                 what was expected and what came.
         """
-        config = self.transformer.config
         device = self._execution_device
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f'output_type is {output_type!r}: expected "pil", "np", "pt" or "latent"')
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ()
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: expected some of ['image'], got {sorted(unknown)}: the picture "
-                "in the making is called image here, and latents and text stay as they are"
-            )
-        if latents is not None:
-            latents = self._check_latents(latents, height, width, denormalized)
-            batch = len(latents)
-            cell = config.scale * config.latent_downscale_factor
-            size = latents.shape[-2] * cell, latents.shape[-1] * cell
-            # Patches of several cells: pad to whole ones, and crop the image.
-            cells = config.patch_size // math.gcd(cell, config.patch_size)
-            padding = [-side % cells for side in latents.shape[-2:]]
-            latents = F.pad(latents, (0, padding[1], 0, padding[0]), mode="replicate")
+        wants_image = self._check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        size = None
+        if latents is not None or self.transformer.config.latent_channels is not None:
+            latents, size = self._pad(self._check_latents(latents, height, width, denormalized))
+            batch, cell = len(latents), self.transformer.config.scale * self.transformer.config.latent_downscale_factor
             height, width = (side * cell for side in latents.shape[-2:])
-        elif config.latent_channels is not None:
-            raise ValueError(f"expected latents of shape (B, {config.latent_channels}, h, w), got none")
         else:
             height, width = size = self._check_size(height, width)
             given = (noise, prompt_embeds, prompt, generator)
@@ -343,78 +327,52 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             self._check_noise(noise, (batch, 3, height, width))
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = self.config.default_negative_prompt
-        scheduler = self._set_times(num_inference_steps, sigmas, height, width, device)
+        if num_inference_steps is None and sigmas is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        scheduler = set_times(self.scheduler, num_inference_steps, sigmas, height, width, device)
 
         @functools.cache
         def negative() -> torch.Tensor | None:
             return self._prompt_embeds(negative_prompt, negative_prompt_embeds, batch, "negative_prompt")
-
-        def velocity(
-            image: torch.Tensor, features: LatentFeatures | None, time: torch.Tensor, text: torch.Tensor | None
-        ) -> torch.Tensor:
-            return self.transformer(
-                image, time, text, sigma=sigma, latent_features=features, chunk_size=layout.chunk_size,
-                image_rotary_emb=rotary, attention_kwargs=attention_kwargs, return_dict=False,
-            )[0].float()  # fmt: skip
-
-        def guided(image: torch.Tensor, features: LatentFeatures | None) -> torch.Tensor:
-            if call.interrupt:
-                raise _Interrupted
-            v = velocity(image, features, time, embeds)
-            if not self.guides(guidance):
-                return v
-            v_u = velocity(image, features, time, negative())  # without text alone: the latents are present in both
-            return flow.guided(v_u, v, guidance)
 
         with self._running(guidance_scale, len(scheduler.timesteps)) as call:
             embeds = self._prompt_embeds(prompt, prompt_embeds, batch, "prompt")
             if self.guides(call.guidance_scale):
                 negative()
             layout = plan(
-                self.transformer, height, width, batch, 0 if embeds is None else embeds.shape[1], tile_size=tile_size,
-                tile_overlap=tile_overlap, chunk_size=chunk_size, max_memory=max_memory,
+                self.transformer, height, width, batch, 0 if embeds is None else embeds.shape[1],
+                Limits(tile_size, tile_overlap, chunk_size, max_memory),
                 trained_size=self.config.trained_size, device=device,
             )  # fmt: skip
             _tell_plan(layout)
-
-            # Sampling works in float32 whatever the dtype of the network (method: Sampling).
+            # Sampling works in float32 whatever the dtype of the network.
             if noise is None:
                 noise = randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
-            image, features = noise.to(device, torch.float32), None
+            image = noise.to(device, torch.float32)
             del noise
-            if latents is not None:
-                features = self.transformer.encode_latents(
-                    latents.to(device), height, width, attention_kwargs=attention_kwargs
-                )
-            rotary = self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, device)
-            aux_pixels = config.patch_size // config.scale
             with self.progress_bar(total=len(scheduler.timesteps) * layout.tiles.count) as progress:
-                for step, timestep in enumerate(scheduler.timesteps):
-                    # Not `timestep`, which DPM-Solver++ rounds to an integer.
-                    time = 1000 * scheduler.sigmas[step]
-                    guidance = call.guidance_scale
-                    try:
-                        if layout.tiled:
-                            v = tiled_velocity(
-                                guided, image, features, layout.tiles, config.patch_size, aux_pixels, progress.update
-                            )
-                        else:
-                            v = guided(image, features)
-                            progress.update()
-                    except _Interrupted:
-                        break
-                    if isinstance(scheduler, FlowMatchLCMScheduler):
-                        image = lcm_step(v, image, scheduler.sigmas[step], scheduler.sigmas[step + 1], generator)
-                    else:
-                        image = scheduler.step(v, timestep, image, return_dict=False)[0]
-                    del v
-                    if callback_on_step_end is not None:
-                        tensors = {"image": image} if "image" in callback_on_step_end_tensor_inputs else {}
-                        image = (callback_on_step_end(self, step, timestep, tensors) or {}).get("image", image)
+                network = Velocity(
+                    self.transformer, sigma, self._features(latents, height, width, attention_kwargs), embeds, negative,
+                    lambda: call.guidance_scale if self.guides(call.guidance_scale) else None,
+                    layout.tiles, layout.chunk_size,
+                    self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, device), attention_kwargs,
+                    call.check_interrupt, progress.update,
+                )  # fmt: skip
 
-        del features
-        image = image[..., : size[0], : size[1]]
-        images = postprocess(image, output_type)
+                steps = sample(network, image, scheduler, generator)
+                with suppress(_Interrupted):
+                    step, timestep, image = next(steps)
+                    while True:
+                        if callback_on_step_end is not None:
+                            tensors = {"image": image} if wants_image else {}
+                            image = (callback_on_step_end(self, step, timestep, tensors) or {}).get("image", image)
+                        try:
+                            step, timestep, image = steps.send(image)
+                        except StopIteration:
+                            break
+
+        del network, steps
+        images = postprocess(image[..., : size[0], : size[1]], output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -509,14 +467,12 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         """
         levels = self._check_sigma(sigma, 1, torch.device("cpu"))
         cell, scale = self.transformer.config.latent_downscale_factor, self.transformer.config.scale
-        layout = {
-            key: kwargs[key] for key in ("tile_size", "tile_overlap", "chunk_size", "max_memory") if key in kwargs
-        }
+        limits = Limits(**{field.name: kwargs[field.name] for field in fields(Limits) if field.name in kwargs})
         height, width = (-(-side // cell) * cell * scale for side in (image.height, image.width))
         # What does not fit is refused before the image is encoded.
         plan(
-            self.transformer, height, width, trained_size=self.config.trained_size, device=self._execution_device,
-            **layout,
+            self.transformer, height, width, limits=limits,
+            trained_size=self.config.trained_size, device=self._execution_device,
         )  # fmt: skip
         latents = self.encode_image(image, encoder)
         if sigma > 0:
@@ -595,10 +551,12 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         return guidance_scale > 1 and self.transformer.config.text_embed_dim is not None
 
     def _check_latents(
-        self, latents: torch.Tensor | np.ndarray, height: int | None, width: int | None, denormalized: bool
+        self, latents: torch.Tensor | np.ndarray | None, height: int | None, width: int | None, denormalized: bool
     ) -> torch.Tensor:
         """Whatever form they come in, as normalised (B, C, h, w)."""
         config = self.transformer.config
+        if latents is None:
+            raise ValueError(f"expected latents of shape (B, {config.latent_channels}, h, w), got none")
         if isinstance(latents, np.ndarray) and latents.dtype.kind in "fiu":
             latents = torch.tensor(latents)
         if not isinstance(latents, torch.Tensor):
@@ -626,6 +584,36 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         if denormalized:
             latents = normalise(latents.float(), SPACES.get(self.config.latent_space or ""))
         return latents
+
+    def _pad(self, latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Latents, up to whole patches where a patch has several cells, and the image's height and width before it."""
+        config = self.transformer.config
+        cell = config.scale * config.latent_downscale_factor
+        cells = config.patch_size // math.gcd(cell, config.patch_size)
+        down, right = (-side % cells for side in latents.shape[-2:])
+        size = latents.shape[-2] * cell, latents.shape[-1] * cell
+        return F.pad(latents, (0, right, 0, down), mode="replicate"), size
+
+    def _features(
+        self, latents: torch.Tensor | None, height: int, width: int, attention_kwargs: dict[str, Any] | None
+    ) -> LatentFeatures | None:
+        if latents is None:
+            return None
+        latents = latents.to(self._execution_device)
+        return self.transformer.encode_latents(latents, height, width, attention_kwargs=attention_kwargs)
+
+    def _check_output(self, output_type: str, callback: Callable | None, tensor_inputs: Sequence[str]) -> bool:
+        """Whether the callback gets the image."""
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'output_type is {output_type!r}: expected "pil", "np", "pt" or "latent"')
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = callback.tensor_inputs
+        if unknown := set(tensor_inputs or ()) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: expected some of ['image'], got {sorted(unknown)}: the picture "
+                "in the making is called image here, and latents and text stay as they are"
+            )
+        return "image" in (tensor_inputs or ())
 
     @staticmethod
     def _check_noise(noise: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -682,37 +670,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
 
     def check_steps(self, steps: int) -> None:
         """Raises ValueError if the decoder cannot be sampled in so many steps."""
-        teacher = isinstance(self.scheduler, DPMSolverMultistepScheduler)
-        if not isinstance(steps, numbers.Integral) or (teacher and steps < 1):
-            raise ValueError(f"expected a number of steps, at least 1, got {steps!r}")
-        if not teacher:
-            student_times(int(steps))
-
-    def _set_times(
-        self, steps: int | None, sigmas: Sequence[float] | None, height: int, width: int, device: torch.device
-    ) -> SchedulerMixin:
-        """A scheduler of this call's own, set to the teacher's or the student's times."""
-        if sigmas is not None:
-            sigmas = [float(sigma) for sigma in sigmas]
-            steps = len(sigmas) if steps is None else steps
-        steps = self.config.default_num_inference_steps if steps is None else steps
-        if sigmas is None:
-            self.check_steps(steps)
-        if isinstance(self.scheduler, DPMSolverMultistepScheduler):
-            if sigmas is not None:
-                raise ValueError(f"DPM-Solver++ chooses its own times: expected a number of steps, got sigmas {sigmas}")
-            shift = time_shift(height, width)
-            scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config, flow_shift=shift)
-            scheduler.set_timesteps(steps, device=device)
-        else:
-            scheduler = copy.deepcopy(self.scheduler)
-            times = sigmas if sigmas is not None else student_times(steps)
-            falling = all(t > after for t, after in pairwise([*times, 0.0]))
-            if not times or len(times) != steps or not falling or times[0] > 1:
-                raise ValueError(f"expected {steps} falling sigmas in (0, 1], got {times}")
-            scheduler.set_timesteps(sigmas=times, device=device)
-        scheduler.set_begin_index(0)
-        return scheduler
+        check_steps(self.scheduler, steps)
 
 
 def postprocess(image: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
@@ -788,8 +746,3 @@ def file_settings(path: str | Path, preset: str | None, is_prior: bool) -> dict[
     if known is not None:
         settings |= dict(latent_space=known.latent_space, trained_size=known.trained_size, license=RELEASED_LICENSE)
     return settings
-
-
-def teacher_scheduler() -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ 2M on the flow schedule; the pipeline sets its shift by the image size."""
-    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)

@@ -34,6 +34,31 @@ WORKSPACE = 96 * MIB
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a decode may take, and how it is to be cut."""
+
+    tile_size: int | Literal["auto"] | None = "auto"
+    """Side in pixels of the tiles; `None` for the whole image; "auto" tiles what is larger than the network is made
+    for, or than the memory allows."""
+    tile_overlap: int | None = None
+    """Pixels that neighbouring tiles share; by default 64, or a quarter of a small tile."""
+    chunk_size: int | None = None
+    """Patches at a time, apart from attention; by default what suits the device, fewer if memory is short."""
+    max_memory: int | str | None = None
+    """Bytes, or a string such as "6GB", that all of it may take; by default what is free."""
+
+    def check(self) -> None:
+        """Raises ValueError for what is no size."""
+        for name in ("tile_size", "tile_overlap", "chunk_size"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral | None) and (name, value) != ("tile_size", "auto"):
+                unit = "patches" if name == "chunk_size" else "pixels"
+                raise ValueError(f"{name} is {value!r}: expected a whole number of {unit}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"expected a chunk size of at least 1 patch, got {self.chunk_size}")
+
+
+@dataclass(frozen=True)
 class Plan:
     """How an image of `height` x `width` pixels is decoded."""
 
@@ -66,11 +91,8 @@ def plan(
     width: int,
     batch: int = 1,
     text_tokens: int = 0,
+    limits: Limits = Limits(),  # frozen
     *,
-    tile_size: int | Literal["auto"] | None = "auto",
-    tile_overlap: int | None = None,
-    chunk_size: int | None = None,
-    max_memory: int | str | None = None,
     trained_size: int | None = None,
     device: torch.device | None = None,
     offload: bool = False,
@@ -82,10 +104,6 @@ def plan(
         height, width: of the image in pixels, multiples of the patch size.
         batch: images at a time.
         text_tokens: of the prompt.
-        tile_size: side in pixels, "auto", or `None` for the whole image.
-        tile_overlap: pixels; by default 64, or a quarter of a small tile.
-        chunk_size: patches; by default what suits the device, fewer if memory is short.
-        max_memory: bytes, or a string such as "6GB"; by default what is free.
         trained_size: side in pixels of the largest square image that the decoder is made for, if that is known.
         device: where the model will run; by default where it is.
         offload: its blocks will take turns there; found out where that is the case already.
@@ -93,17 +111,12 @@ def plan(
     Raises:
         ValueError: what is asked for does not fit, or no choice does; the message tells what would.
     """
-    given = {"tile_size": tile_size, "tile_overlap": tile_overlap, "chunk_size": chunk_size}
-    for name, value in given.items():
-        if not isinstance(value, Integral | None) and (name, value) != ("tile_size", "auto"):
-            unit = "patches" if name == "chunk_size" else "pixels"
-            raise ValueError(f"{name} is {value!r}: expected a whole number of {unit}")
+    limits.check()
     patch = model.config.patch_size
     device = device or model.device
-    budget = memory_budget(device, max_memory)
+    budget = memory_budget(device, limits.max_memory)
+    tile_size, tile_overlap, chunk_size = limits.tile_size, limits.tile_overlap, limits.chunk_size
     default = default_chunk_size(model, device) if chunk_size is None else chunk_size
-    if default < 1:
-        raise ValueError(f"expected a chunk size of at least 1 patch, got {chunk_size}")
     chunks = [default]
     while chunk_size is None and chunks[-1] > SMALLEST_CHUNK:
         chunks.append(max(SMALLEST_CHUNK, chunks[-1] // 4))

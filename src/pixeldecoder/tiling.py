@@ -60,7 +60,6 @@ def tiled_velocity(
     tiles: Tiles,
     patch: int,
     aux_pixels: int,
-    on_tile: Callable[[], object],
 ) -> torch.Tensor:
     """The velocity of a whole noisy image.
 
@@ -70,7 +69,6 @@ def tiled_velocity(
         features: of the whole image.
         tiles: of it.
         patch, aux_pixels: side of a patch in pixels, of the image and of the auxiliary image.
-        on_tile: called after each.
     """
     output = torch.zeros_like(image)
     rows, columns = (
@@ -85,7 +83,6 @@ def tiled_velocity(
             area = (..., slice(top, top + tiles.height), slice(left, left + tiles.width))
             part = features and crop(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
             output[area] += velocity(image[area], part) * row[:, None] * column
-            on_tile()
     return output
 
 

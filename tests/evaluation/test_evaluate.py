@@ -45,8 +45,8 @@ from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_f
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics
 from pixeldecoder.evaluation.report import interval, write_report
 from pixeldecoder.pictures import Shards
-from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS, Preset
+from pixeldecoder.sampler import teacher_scheduler
 
 CROP = 128
 

@@ -26,7 +26,7 @@ from pixeldecoder.files import write_whole
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.performance import Quantization, compile_blocks, quantize, set_attention
 from pixeldecoder.pipeline import PixelDecoderPipeline
-from pixeldecoder.plan import count_flops, measure_rates, plan
+from pixeldecoder.plan import Limits, count_flops, measure_rates, plan
 from pixeldecoder.presets import PRESETS
 
 Run = Callable[[], torch.Tensor]
@@ -270,7 +270,7 @@ def _decoder_run(task: dict[str, Any], parts: list[str]) -> tuple[Run, dict[str,
         "max_memory": task["max_memory"],
     }
     text_tokens = 0 if text is None else text.shape[1]
-    chosen = plan(model, size, size, 1, text_tokens, trained_size=pipeline.config.trained_size, **layout)
+    chosen = plan(model, size, size, 1, text_tokens, Limits(**layout), trained_size=pipeline.config.trained_size)
     rates = measure_rates(model, device)
     floor = steps * (chosen.matrix_flops / rates[0] + chosen.attention_flops / rates[1])
     whole = sum(count_flops(model, (size // config.patch_size) ** 2, text_tokens))

@@ -7,7 +7,8 @@ from torch import nn
 
 from pixeldecoder.flow import SampleRandom, noised, training_times
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pipeline import PixelDecoderPipeline, teacher_scheduler
+from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.sampler import teacher_scheduler
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Prior, Teacher
 from pixeldecoder.training.data import Batch
