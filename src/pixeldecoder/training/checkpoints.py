@@ -1,8 +1,9 @@
-"""What a run needs to go on, written whole or not at all."""
+"""Networks that train in, checkpoints from which a run goes on out, and at its end the decoder it made."""
 
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from pixeldecoder.files import write_folder
+from pixeldecoder.models.encoder import TinyLatentEncoder
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.presets import NANO
 from pixeldecoder.training.config import FREE, Run, changes, load_yaml, to_dict, write_yaml
+from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.parts import Average, Part, TrainingError
+from pixeldecoder.training.teacher import TeacherStage
 
 PARTIAL = ".partial"
 
@@ -153,6 +160,42 @@ class Checkpoints:
         return state
 
 
+def export(config: Run, stage: StudentStage | TeacherStage, average: Average) -> None:
+    """The averaged weights as a diffusers folder, or as a LoRA's file."""
+    assert config.export is not None
+    with average.applied():
+        state = full_state(stage.model)
+        if not is_main():
+            return
+        pipeline = stage.pipeline(stage.model)
+        if config.lora.rank:
+            from peft import get_peft_model_state_dict
+
+            layers = get_peft_model_state_dict(stage.model, state_dict=state)
+            save = partial(pipeline.save_lora_weights, transformer_lora_layers=layers)
+        else:
+            model = PixelDecoderTransformer2DModel.from_config(stage.model.config)
+            model.load_state_dict(state)
+            pipeline = stage.pipeline(model.eval())
+            encoder = getattr(config, "encoder", "")
+            if encoder == "nano":  # small enough to go with it
+                pipeline.register_modules(encoder=TinyLatentEncoder.from_pretrained(NANO / "encoder"))
+            if encoder:
+                pipeline.register_to_config(encoder_name=encoder)
+            save = partial(pipeline.save_pretrained, max_shard_size="5GB")
+
+        def write(folder: Path) -> None:
+            save(folder)
+            write_yaml(config, folder / "training.yaml")
+
+        write_folder(config.export, write)
+
+
+def full_state(module: nn.Module) -> dict[str, Any]:
+    """Whole tensors on the CPU, on the main process; all processes must call it."""
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 def _progress(checkpoint: Path) -> dict[str, Any]:
     """What `save` wrote of a checkpoint.
 
@@ -189,11 +232,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def full_state(module: nn.Module) -> dict[str, Any]:
-    """Whole tensors on the CPU, on the main process; all processes must call it."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def is_main() -> bool:

@@ -17,16 +17,8 @@ from pixeldecoder.training import losses
 from pixeldecoder.training.config import Student
 from pixeldecoder.training.data import Batch
 from pixeldecoder.training.degrade import Condition, Conditions
-from pixeldecoder.training.parts import (
-    Part,
-    Terms,
-    add_lora,
-    autocast,
-    build_network,
-    freeze_unused,
-    shard,
-    update,
-)
+from pixeldecoder.training.network import add_lora, build_network, freeze_unused
+from pixeldecoder.training.parts import Part, Terms, autocast, shard, update
 
 
 class StudentStage:

@@ -12,7 +12,8 @@ from pixeldecoder.training import losses
 from pixeldecoder.training.config import Prior, Teacher
 from pixeldecoder.training.data import Batch
 from pixeldecoder.training.degrade import Conditions
-from pixeldecoder.training.parts import Part, Terms, add_lora, autocast, build_network, freeze_unused, update
+from pixeldecoder.training.network import add_lora, build_network, freeze_unused
+from pixeldecoder.training.parts import Part, Terms, autocast, update
 
 
 class TeacherStage:
