@@ -280,7 +280,7 @@ def test_log_lines_are_means_over_their_steps(teacher, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(log.time, "time", lambda: clock[0])
 
-    def update(stage, batches, step):
+    def update(stage, batches, step, progress):
         clock[0] += 3
         return {"velocity": float(step)} | ({"gan": 7.0} if step == 1 else {})
 
@@ -390,10 +390,10 @@ def test_interrupted(teacher, monkeypatch, capsys):
     sound = loop.TeacherStage.update
     stops = iter([1, 3])
 
-    def update(stage, batches, step):
+    def update(stage, batches, step, progress):
         if step == stop:
             raise KeyboardInterrupt
-        return sound(stage, batches, step)
+        return sound(stage, batches, step, progress)
 
     monkeypatch.setattr(loop.TeacherStage, "update", update)
     goes_on = f"stopped: the same command goes on from {teacher.output}/checkpoints/step_00000002\n"
@@ -414,6 +414,24 @@ def test_interrupted_while_it_writes_a_checkpoint(teacher, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(teacher)
     assert list((teacher.output / "checkpoints").iterdir()) == []
+
+
+def test_a_run_of_minutes_in_pieces(teacher, monkeypatch, tmp_path):
+    """It is exported at its end alone; the learning rates fall over all of it."""
+    clock, seen = [0.0], []
+    monkeypatch.setattr(loop, "seconds", lambda device: clock[0])
+    sound = loop.TeacherStage.update
+
+    def update(stage, batches, step, progress):
+        clock[0] += 60
+        seen.append((step, progress))
+        return sound(stage, batches, step, progress)
+
+    monkeypatch.setattr(loop.TeacherStage, "update", update)
+    config = replace(teacher, steps=100, minutes=4, piece=3, export=tmp_path / "exported")
+    assert train(config).name == "step_00000003" and not config.export.exists()
+    assert train(config).name == "step_00000004" and config.export.exists()
+    assert seen == [(0, 0), (1, 0.25), (2, 0.5), (3, 0.75)]
 
 
 def test_a_log_line_cut_short_by_a_kill(teacher):

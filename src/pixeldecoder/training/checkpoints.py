@@ -23,9 +23,7 @@ from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import NANO
 from pixeldecoder.training.config import FREE, Run, changes, load_yaml, to_dict, write_yaml
-from pixeldecoder.training.distill import StudentStage
-from pixeldecoder.training.parts import Average, Part, TrainingError
-from pixeldecoder.training.teacher import TeacherStage
+from pixeldecoder.training.parts import Average, Part, Stage, TrainingError
 
 PARTIAL = ".partial"
 
@@ -72,12 +70,14 @@ class Checkpoints:
         step: int,
         position: int,
         samples: int,
+        minutes: float,
     ) -> Path:
         """Write, rename, and delete the oldest.
 
         Args:
             architecture: arguments of the network.
             position: of the data, in batches of so many `samples`.
+            minutes: of training that the steps took.
 
         Raises:
             TrainingError: it could not be written, for example on a full disk; older ones are kept.
@@ -97,6 +97,7 @@ class Checkpoints:
                     "step": step,
                     "position": position,
                     "samples": samples,
+                    "minutes": minutes,
                     "architecture": _plain(architecture),
                 }
                 (partial / "progress.json").write_text(json.dumps(progress, indent=1))
@@ -117,17 +118,18 @@ class Checkpoints:
 
     def load(
         self, parts: dict[str, Part], average: Average, architecture: dict[str, Any], samples: int
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, float]:
         """The newest one into `parts` and `average`.
 
         Returns:
-            Its step, and the position of the data in batches of so many `samples`; zeros if there is none.
+            Its step, the position of the data in batches of so many `samples`, and the minutes it took; zeros if there
+            is none.
 
         Raises:
             TrainingError: it is of another architecture.
         """
         if not (existing := self.existing()):
-            return 0, 0
+            return 0, 0, 0.0
         progress = _progress(existing[-1])
         if progress["architecture"] != (architecture := _plain(architecture)):
             names = [k for k in architecture if architecture[k] != progress["architecture"].get(k)]
@@ -151,7 +153,8 @@ class Checkpoints:
                 model_state_dict=state[name],
                 optim_state_dict=state[f"{name}.optimizer"],
             )
-        return progress["step"], -(-progress["position"] * progress["samples"] // samples)
+        position = -(-progress["position"] * progress["samples"] // samples)
+        return progress["step"], position, progress.get("minutes", 0.0)
 
     def _state(self, parts: dict[str, Part], average: Average) -> dict[str, Any]:
         state: dict[str, Any] = {"average": average.values}  # loaded in place
@@ -160,7 +163,7 @@ class Checkpoints:
         return state
 
 
-def export(config: Run, stage: StudentStage | TeacherStage, average: Average) -> None:
+def export(config: Run, stage: Stage, average: Average) -> None:
     """The averaged weights as a diffusers folder, or as a LoRA's file."""
     assert config.export is not None
     with average.applied():

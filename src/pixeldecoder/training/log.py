@@ -35,10 +35,10 @@ class Log:
             flat = {k: v for k, v in to_dict(config).items() if isinstance(v, (int, float, str, bool))}
             accelerator.init_trackers("pixeldecoder", flat)
 
-    def add(self, step: int, terms: dict[str, float], bar: tqdm, samples: int) -> None:
+    def add(self, step: int, terms: dict[str, float], bar: tqdm, samples: int, last: bool = False) -> None:
         for name, value in terms.items():
             self.terms.setdefault(name, []).append(value)
-        if step % self.config.log_every and step != self.config.steps:
+        if step % self.config.log_every and not last:
             return
         count = max(map(len, self.terms.values()))
         values = {name: sum(found) / len(found) for name, found in self.terms.items()}

@@ -1,10 +1,14 @@
 """A configuration in, a trained decoder out: batches, updates, checkpoints."""
 
 import json
+import math
+import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,14 +17,19 @@ from tqdm import tqdm
 
 from pixeldecoder.pictures import Folder, Shards
 from pixeldecoder.training.checkpoints import Checkpoints, export, is_main
-from pixeldecoder.training.config import Run, Student, check
-from pixeldecoder.training.data import load_batches, load_source
+from pixeldecoder.training.config import Prior, Run, Student, Teacher, check
+from pixeldecoder.training.data import load_source
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.log import Log, tell
-from pixeldecoder.training.parts import Average, TrainingError
-from pixeldecoder.training.teacher import TeacherStage
+from pixeldecoder.training.parts import Average, Stage, TrainingError
+from pixeldecoder.training.teacher import PriorStage, TeacherStage
 from pixeldecoder.training.validate import load_validation, validate
 
+STAGES: dict[type[Run], Callable[[Any, Accelerator], Stage]] = {
+    Prior: PriorStage,
+    Teacher: TeacherStage,
+    Student: StudentStage,
+}
 NOISE = (
     "Mismatch dtype between input and weight",  # of RMSNorm under autocast, whose weight shall stay float32
     "torch.distributed is disabled, unavailable or uninitialized",  # one process writes its checkpoints alone
@@ -29,8 +38,11 @@ NOISE = (
 """Warnings of torch about what is meant to be so."""
 
 
-def train(config: Run) -> Path:
-    """Run a stage to its last step, from where its output folder left off.
+def train(config: Run, stage: Callable[[Any, Accelerator], Stage] | None = None) -> Path:
+    """Run a stage to its end, from where its output folder left off.
+
+    Args:
+        stage: makes it of the configuration; by default that of the method which the configuration's class names.
 
     Returns:
         The folder of the last checkpoint.
@@ -48,7 +60,7 @@ def train(config: Run) -> Path:
         with warnings.catch_warnings():
             for message in NOISE:
                 warnings.filterwarnings("ignore", message=message)
-            return _train(config, checkpoints, changed, source)
+            return _train(config, stage or STAGES[type(config)], checkpoints, changed, source)
     except KeyboardInterrupt:
         last = checkpoints.existing()[-1:]
         tell(f"stopped: the same command goes on from {last[0]}" if last else "stopped before the first checkpoint")
@@ -60,7 +72,13 @@ def train(config: Run) -> Path:
                 (config.output / "skipped.json").write_text(json.dumps(source.skipped.reasons, indent=1))
 
 
-def _train(config: Run, checkpoints: Checkpoints, changed: list[str], source: Folder | Shards) -> Path:
+def _train(
+    config: Run,
+    make: Callable[[Any, Accelerator], Stage],
+    checkpoints: Checkpoints,
+    changed: list[str],
+    source: Folder | Shards,
+) -> Path:
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         log_with=None if config.tracker == "none" else config.tracker,
@@ -75,41 +93,54 @@ def _train(config: Run, checkpoints: Checkpoints, changed: list[str], source: Fo
             f"{config.micro_batch_size} x {accelerator.num_processes}"
         )
     torch.manual_seed(config.seed)  # of fresh weights, alike in every process
-    stage = StudentStage(config, accelerator) if isinstance(config, Student) else TeacherStage(config, accelerator)  # type: ignore[arg-type]
+    stage = make(config, accelerator)
     average = Average(stage.model, config.ema_decay)
     architecture = dict(stage.model.config)
-    step, position = checkpoints.load(stage.parts, average, architecture, samples)
+    step, position, before = checkpoints.load(stage.parts, average, architecture, samples)
+    progress = max(step / config.steps, before / config.minutes)
     if step:
-        going = "going on from" if step < config.steps else "nothing to train at"
+        going = "going on from" if progress < 1 else "nothing to train at"
         tell(f"{config.output}: {going} step {step} of {config.steps}" + "".join(f"; {change}" for change in changed))
     last = checkpoints.existing()[-1:]
-    if step < config.steps:
-        stream = load_batches(config, stage.model, source, accelerator, position)
+    if progress < 1:
+        stream = stage.batches(source, position)
         validation = load_validation(config, stage.model, source, accelerator.device) if config.validate_every else None
         log = Log(config, accelerator, step)
-    hidden = not is_main() or step >= config.steps
+    hidden = not is_main() or progress >= 1
     bar = tqdm(total=config.steps, initial=step, disable=hidden, dynamic_ncols=True, delay=0)
     try:
-        while step < config.steps:
+        begun = seconds(accelerator.device)
+        ended = progress >= 1
+        while not ended:
             current = list(islice(stream, accumulated))
-            terms = stage.update(current, step)
+            terms = stage.update(current, step, progress)
             if (number := stage.model_update(step)) is not None:
                 average.update(number)
             step, position = step + 1, current[-1].position
+            minutes = before + (seconds(accelerator.device) - begun) / 60
+            if min(config.minutes, config.piece) < math.inf:  # the processes' clocks differ
+                minutes = accelerator.reduce(torch.tensor(minutes, device=accelerator.device), "mean").item()
+            progress = max(step / config.steps, minutes / config.minutes)
+            ended = progress >= 1 or minutes - before >= config.piece
             bar.update()
-            log.add(step, terms, bar, config.batch_size)
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                last = [checkpoints.save(stage.parts, average, architecture, step, position, samples)]
+            log.add(step, terms, bar, config.batch_size, ended)
+            if step % config.checkpoint_every == 0 or ended:
+                last = [checkpoints.save(stage.parts, average, architecture, step, position, samples, minutes)]
             if validation is not None and step % config.validate_every == 0:
                 log.validation(step, bar, lambda: validate(config, stage, average, validation))
-            if step == config.steps:
+            if ended:
                 log.close()
     except (TrainingError, OSError) as error:
         kept = f"the last checkpoint is {last[0]}" if last else "there is no checkpoint yet"
         raise TrainingError(f"{error}; {kept}") from error
     finally:
         bar.close()
-    if config.export is not None:
+    if config.export is not None and progress >= 1:
         export(config, stage, average)
         tell(f"exported to {config.export}")
     return last[0]
+
+
+def seconds(device: torch.device) -> float:
+    """A clock: of a CPU the time that this process computes on each thread."""
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.time()

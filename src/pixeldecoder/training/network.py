@@ -90,6 +90,23 @@ def add_lora(model: PixelDecoderTransformer2DModel, lora: Lora) -> None:
     model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=LORA_TARGETS[lora.part]))
 
 
+def set_trained(model: PixelDecoderTransformer2DModel, config: Run, aux_rgb: bool, adapter_alone: bool = False) -> None:
+    """What of a network trains, and how much of its activations is kept for that.
+
+    Args:
+        aux_rgb: the auxiliary head has a loss.
+        adapter_alone: unless there is LoRA, which decides by itself.
+    """
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    elif adapter_alone:
+        model.requires_grad_(False)
+        model.adapter.requires_grad_(True)
+    freeze_unused(model, aux_rgb)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+
+
 def freeze_unused(model: PixelDecoderTransformer2DModel, aux_rgb: bool) -> None:
     """What no loss reaches: the text branch of the last block, and the auxiliary head if it has no loss."""
     last = model.patch_blocks[-1]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pictures import Folder, Shards
+from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.training.config import Optimizer, Run
 from pixeldecoder.training.data import Batch
 
@@ -65,9 +67,19 @@ class Part:
     """A network that trains: itself, its wrapper for many processes, its optimizer.
 
     Call it as the network; `module` is the bare one.
+
+    Args:
+        optimizer: by default AdamW; the settings' warm-up and decay scale the learning rates of all its groups.
     """
 
-    def __init__(self, module: nn.Module, settings: Optimizer, config: Run, accelerator: Accelerator):
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: Optimizer,
+        config: Run,
+        accelerator: Accelerator,
+        optimizer: Callable[[nn.Module, Optimizer], torch.optim.Optimizer] | None = None,
+    ):
         self.settings, self.device = settings, accelerator.device
         self.module = module.to(accelerator.device)
         if config.fsdp:
@@ -78,13 +90,18 @@ class Part:
             self.wrapped = accelerator.prepare_model(self.module)
         self.autocast = not config.fsdp and config.precision == "bfloat16"
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            settings.learning_rate,
-            settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=self.device.type == "cuda",  # without temporary copies of all weights
+        self.optimizer = (
+            optimizer(self.module, settings)
+            if optimizer is not None
+            else torch.optim.AdamW(
+                self.parameters,
+                settings.learning_rate,
+                settings.betas,
+                weight_decay=settings.weight_decay,
+                fused=self.device.type == "cuda",  # without temporary copies of all weights
+            )
         )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def __call__(self, *args, **kwargs):
         with autocast(self.device, self.autocast):
@@ -120,12 +137,40 @@ class Part:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, longest)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm) / scale
 
-    def step(self, number: int) -> None:
-        """The optimizer's step, at the learning rate of this part's update `number`, from 0."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * min(1, (number + 1) / max(1, self.settings.warmup_steps))
+    def step(self, number: int, progress: float = 0.0) -> None:
+        """The optimizer's step, at the learning rates of this part's update `number`, from 0."""
+        share = min(1, (number + 1) / max(1, self.settings.warmup_steps)) * (1 - self.settings.decay * progress)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class Stage(Protocol):
+    """What a run trains: made of its configuration and an `Accelerator`."""
+
+    model: Any
+    """The network whose average is validated and exported, a diffusers `ModelMixin`."""
+    parts: dict[str, Part]
+    """All that trains, and goes into checkpoints."""
+    conditions: Any
+    """`Conditions` of the pictures that it is validated on; unused where a run validates never."""
+
+    def batches(self, source: Folder | Shards, position: int) -> Iterator[Batch]:
+        """Endless micro-batches of this process, from the position that the last one of an earlier run names."""
+
+    def update(self, batches: list[Batch], step: int, progress: float) -> dict[str, float]:
+        """Train on accumulated micro-batches; returns its terms.
+
+        Args:
+            progress: share of the run that is over, in [0, 1).
+        """
+
+    def model_update(self, step: int) -> int | None:
+        """Which of the updates of `model` this step is, from 0; `None`: it is of other parts alone."""
+
+    def pipeline(self, model: Any) -> PixelDecoderPipeline:
+        """Around a model of the kind that it trains: what is validated and exported."""
 
 
 def autocast(device: torch.device, enabled: bool):
@@ -140,12 +185,14 @@ def update(
     step: int,
     number: int,
     accelerator: Accelerator,
+    progress: float = 0.0,
 ) -> dict[str, float]:
     """One optimizer step of `parts` on accumulated batches.
 
     Args:
         step: of the run, for messages.
         number: of this update among those of `parts`, from 0.
+        progress: of the run, in [0, 1).
 
     Returns:
         The terms' means over all processes, and each part's gradient norm before it is cut.
@@ -179,7 +226,7 @@ def update(
             f"the gradient of step {step} ({found}) is not finite, in a batch of {len(seen)}: {', '.join(seen[:10])}"
         )
     for part in parts.values():
-        part.step(number)
+        part.step(number, progress)
     return values
 
 

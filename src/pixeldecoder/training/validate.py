@@ -18,15 +18,13 @@ from pixeldecoder.pictures import UNREADABLE, Folder, Record, Shards, bucket, ps
 from pixeldecoder.training.checkpoints import is_main
 from pixeldecoder.training.config import Conditioned, Run
 from pixeldecoder.training.data import Batch, crop, load_sizes, side_multiple
-from pixeldecoder.training.distill import StudentStage
-from pixeldecoder.training.parts import Average, autocast
-from pixeldecoder.training.teacher import TeacherStage
+from pixeldecoder.training.parts import Average, Stage, autocast
 
 VALIDATION_SIGMAS = (0.0, 0.4, 0.8)
 
 
 @torch.no_grad()
-def validate(config: Run, stage: StudentStage | TeacherStage, average: Average, batch: Batch) -> dict:
+def validate(config: Run, stage: Stage, average: Average, batch: Batch) -> dict:
     """Decodes of the averaged weights at several sigmas: the means of their PSNRs, and "grid", a picture of them all.
 
     A row for each image: the small picture enlarged, the decodes, the original; for a prior what its captions give.
@@ -43,7 +41,7 @@ def validate(config: Run, stage: StudentStage | TeacherStage, average: Average, 
     return psnrs | {"grid": labelled(columns | {"original": batch.image})}
 
 
-def validation_columns(config: Run, stage: StudentStage | TeacherStage, batch: Batch) -> dict[str, torch.Tensor]:
+def validation_columns(config: Run, stage: Stage, batch: Batch) -> dict[str, torch.Tensor]:
     """Images (B, 3, H, W) in [-1, 1] by what they are."""
     image, model, encoder = batch.image, stage.model, stage.conditions.encoder
     height, width = image.shape[-2:]
