@@ -1,4 +1,4 @@
-"""Batches in, DMD2 updates out: the 4-step student (method: DMD2; arXiv 2405.14867)."""
+"""Batches in, DMD2 updates out: the 4-step student (arXiv 2405.14867)."""
 
 import copy
 from collections.abc import Iterator

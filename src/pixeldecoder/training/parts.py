@@ -231,7 +231,7 @@ def update(
 
 
 class Average:
-    """Exponential moving average of what trains, float32."""
+    """Exponential moving average of the trained weights (eq. 28), float32."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay

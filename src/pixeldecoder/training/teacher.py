@@ -131,7 +131,7 @@ def many_step_pipeline(
 
 
 class RepaTarget:
-    """A block's image tokens shall say, through a 2-layer MLP, what a vision encoder sees there (arXiv 2410.06940)."""
+    """Aligns a block's image tokens, through a 2-layer MLP, with a vision encoder's (eq. 27; arXiv 2410.06940)."""
 
     def __init__(self, config: Prior, network: PixelDecoderTransformer2DModel, accelerator: Accelerator):
         from transformers import AutoModel
