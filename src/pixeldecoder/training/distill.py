@@ -1,11 +1,12 @@
 """Batches in, DMD2 updates out: the 4-step student (arXiv 2405.14867)."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,13 +28,13 @@ from pixeldecoder.training.parts import Part, Terms, autocast, shard, update
 class StudentStage:
     """Student, frozen teacher and fake score are one class with the same start; the discriminator reads the teacher."""
 
-    def __init__(self, config: Student, accelerator: Accelerator):
+    def __init__(self, config: Student, accelerator: Accelerator, conditions: Callable[..., Any] = Conditions):
         self.config, self.accelerator = config, accelerator
         self.model = network = build_network(config)
         blocks = network.config.num_layers
         if not config.feature_blocks or not all(0 <= block < blocks for block in config.feature_blocks):
             raise ValueError(f"feature_blocks {config.feature_blocks}: the network has blocks 0 to {blocks - 1}")
-        self.conditions = Conditions(config, network, accelerator.device)
+        self.conditions = conditions(config, network, accelerator.device)
         self.guides = network.config.text_embed_dim is not None and config.guidance_scale != 1
         freeze_unused(network, network.config.aux_rgb_base)
         self.teacher = self._frozen(copy.deepcopy(network))

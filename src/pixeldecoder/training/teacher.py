@@ -1,6 +1,7 @@
 """Batches in, flow-matching updates out: the prior and the many-step teacher."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +59,10 @@ class PriorStage:
 class TeacherStage:
     """A decoder in many steps: flow matching given noisy latents, and the auxiliary image where it has a weight."""
 
-    def __init__(self, config: Teacher, accelerator: Accelerator):
+    def __init__(self, config: Teacher, accelerator: Accelerator, conditions: Callable[..., Any] = Conditions):
         self.config, self.accelerator = config, accelerator
         self.model = build_network(config)
-        self.conditions = Conditions(config, self.model, accelerator.device)
+        self.conditions = conditions(config, self.model, accelerator.device)
         self.aux_rgb = self.model.config.aux_rgb and config.aux_rgb_weight > 0
         set_trained(self.model, config, self.aux_rgb or self.model.config.aux_rgb_base, config.train == "adapter")
         self.network = Part(self.model.train(), config.optimizer, config, accelerator)
