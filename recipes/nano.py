@@ -383,7 +383,7 @@ def crops(pairs: list[Pair], size: int, batch: int, rng: random.Random) -> Crops
     small = torch.stack([p.small[:, 8 * y : 8 * y + size // 4, 8 * x : 8 * x + size // 4] for p, y, x in drawn])
     latents = torch.stack([rng.choice((p.latents, p.own))[:, y : y + cells, x : x + cells] for p, y, x in drawn])
     latents = latents.float()
-    # Noising (method: Training), but half of the latents are clean: the base, which nobody tells sigma, pays for noise.
+    # As eq. 6, but half of the latents are clean: the base, which nobody tells sigma, pays for noise.
     sigma = torch.rand(batch, device=latents.device) * 0.8 * (torch.rand(batch, device=latents.device) < 0.5)
     return Crops(image.float() / 127.5 - 1, small.float(), noised(latents, torch.randn_like(latents), sigma), sigma)
 
@@ -477,7 +477,7 @@ def train_teacher(config: Config) -> None:
 
 
 def train_student(config: Config) -> None:
-    """After DMD2 (method: Distillation), for a small teacher and a short time. What differs from it:
+    """After DMD2 (eq. 29 to 31), for a small teacher and a short time. What differs from it:
 
     - the discriminator reads SqueezeNet's features of the clean image, not the teacher's of the noised one, with a head
       for each of four layers, and its R1 has a weight of 5, not 200;

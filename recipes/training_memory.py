@@ -118,7 +118,6 @@ def one(run: Teacher | Student, resolution: int, config: Config) -> tuple[int, s
     """Peak bytes and samples per second of one stage, a micro-batch at a time; of the full network if none is given."""
     # Random weights serve, and initialising 1.4 G of them on a CPU takes longer than the measurement.
     torch.nn.init.trunc_normal_ = lambda tensor, **_: tensor
-    distill.Conditions = teacher.Conditions = RandomConditions
     if not config.measure:
         torch.nn.Module._apply = apply_by_replacing
     accelerator = Accelerator(cpu=not config.measure)
@@ -130,7 +129,7 @@ def one(run: Teacher | Student, resolution: int, config: Config) -> tuple[int, s
             run.architecture.write_text(yaml.safe_dump(dict(PRESET.config)))
         count = run.micro_batch_size
         kind = distill.StudentStage if isinstance(run, Student) else teacher.TeacherStage
-        stage = kind(run, accelerator)
+        stage = kind(run, accelerator, RandomConditions)
         average = Average(stage.model, run.ema_decay)
         image = torch.zeros(count, 3, resolution, resolution, device=accelerator.device)
         batch = Batch(image=image, captions=[""] * count, names=[""] * count, samples=list(range(count)), position=0)

@@ -23,8 +23,8 @@ def keep(part, *_):
 if __name__ == "__main__":
     from accelerate import Accelerator
 
+    from pixeldecoder.training.data import load_batches, load_source
     from pixeldecoder.training.distill import StudentStage
-    from pixeldecoder.training.loop import load_batches, load_source
     from pixeldecoder.training.teacher import TeacherStage
 
     config = read_yaml(folder / "run.yaml", Student() if kind == "student" else Teacher())

@@ -287,7 +287,7 @@ def test_the_average_counts_the_student_s_updates(student, monkeypatch):
     numbers = []
     monkeypatch.setattr(Average, "update", lambda self, number: numbers.append(number))
     monkeypatch.setattr(loop, "validate", lambda *_: {"grid": SimpleNamespace(save=lambda path: None)})
-    monkeypatch.setattr(loop, "plot", lambda *_: None)
+    monkeypatch.setattr("pixeldecoder.training.log.plot", lambda *_: None)
     loop.train(replace(student, steps=4, student_every=2, checkpoint_every=100))
     assert numbers == [0, 1]
 

@@ -23,12 +23,14 @@ from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, T
 from pixeldecoder.cli import image_encoder, main
 from pixeldecoder.files import to_image
 from pixeldecoder.latents import load_image_encoder
-from pixeldecoder.training import loop, losses
+from pixeldecoder.training import log, loop, losses, validate
 from pixeldecoder.training.checkpoints import Checkpoints
 from pixeldecoder.training.config import Data, Lora, Optimizer, Prior, read_yaml, write_yaml
-from pixeldecoder.training.loop import load_source, load_validation, train
+from pixeldecoder.training.data import load_source
+from pixeldecoder.training.loop import train
 from pixeldecoder.training.parts import TrainingError
 from pixeldecoder.training.teacher import RepaTarget
+from pixeldecoder.training.validate import load_validation
 from training.conftest import ARCHITECTURE, write_photos
 
 TESTS = Path(__file__).parents[1]
@@ -246,28 +248,28 @@ def test_a_failing_validation_does_not_end_a_run(teacher, monkeypatch, capsys):
 def test_psnr_is_the_mean_over_images():
     truth = torch.zeros(2, 3, 4, 4)
     images = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])  # 20 and 40 dB, of 2 from -1 to 1
-    assert loop.mean_psnr(images, truth) == pytest.approx(30, abs=1e-3)
+    assert validate.mean_psnr(images, truth) == pytest.approx(30, abs=1e-3)
 
 
 def test_validation_is_not_counted_as_training_time(teacher, monkeypatch):
     """Neither by the bar nor in samples per second."""
     clock = [1000.0]
-    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
-    log = loop.Log(teacher, Accelerator(cpu=True), 0)
+    monkeypatch.setattr(log.time, "time", lambda: clock[0])
+    logged = loop.Log(teacher, Accelerator(cpu=True), 0)
     bar = loop.tqdm(total=10, disable=False, mininterval=0)
     bar._time = lambda: clock[0]
     bar.start_t = bar.last_print_t = clock[0]
 
-    def validate():
+    def making():
         clock[0] += 100
         return {"grid": Image.new("RGB", (8, 8)), "psnr_sigma_0.0": 20.0}
 
     for step in (1, 2):
         clock[0] += 2
         bar.update()
-        log.validation(step, bar, validate)
+        logged.validation(step, bar, making)
     assert bar.format_dict["elapsed"] == 4
-    log.add(2, {"velocity": 1.0}, bar, 8)
+    logged.add(2, {"velocity": 1.0}, bar, 8)
     bar.close()
     lines = [json.loads(line) for line in (teacher.output / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["samples_per_second"] == pytest.approx(8 / 4)
@@ -276,9 +278,9 @@ def test_validation_is_not_counted_as_training_time(teacher, monkeypatch):
 def test_log_lines_are_means_over_their_steps(teacher, monkeypatch):
     """Of the terms, and samples over time, of the whole batch; the last step has a line, too."""
     clock = [1000.0]
-    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
+    monkeypatch.setattr(log.time, "time", lambda: clock[0])
 
-    def update(stage, batches, step):
+    def update(stage, batches, step, progress):
         clock[0] += 3
         return {"velocity": float(step)} | ({"gan": 7.0} if step == 1 else {})
 
@@ -388,10 +390,10 @@ def test_interrupted(teacher, monkeypatch, capsys):
     sound = loop.TeacherStage.update
     stops = iter([1, 3])
 
-    def update(stage, batches, step):
+    def update(stage, batches, step, progress):
         if step == stop:
             raise KeyboardInterrupt
-        return sound(stage, batches, step)
+        return sound(stage, batches, step, progress)
 
     monkeypatch.setattr(loop.TeacherStage, "update", update)
     goes_on = f"stopped: the same command goes on from {teacher.output}/checkpoints/step_00000002\n"
@@ -412,6 +414,24 @@ def test_interrupted_while_it_writes_a_checkpoint(teacher, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(teacher)
     assert list((teacher.output / "checkpoints").iterdir()) == []
+
+
+def test_a_run_of_minutes_in_pieces(teacher, monkeypatch, tmp_path):
+    """It is exported at its end alone; the learning rates fall over all of it."""
+    clock, seen = [0.0], []
+    monkeypatch.setattr(loop, "seconds", lambda device: clock[0])
+    sound = loop.TeacherStage.update
+
+    def update(stage, batches, step, progress):
+        clock[0] += 60
+        seen.append((step, progress))
+        return sound(stage, batches, step, progress)
+
+    monkeypatch.setattr(loop.TeacherStage, "update", update)
+    config = replace(teacher, steps=100, minutes=4, piece=3, export=tmp_path / "exported")
+    assert train(config).name == "step_00000003" and not config.export.exists()
+    assert train(config).name == "step_00000004" and config.export.exists()
+    assert seen == [(0, 0), (1, 0.25), (2, 0.5), (3, 0.75)]
 
 
 def test_a_log_line_cut_short_by_a_kill(teacher):

@@ -158,7 +158,7 @@ def test_values_are_looked_at_once_a_step(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "tolist", lambda self, tolist=torch.Tensor.tolist: looks.append(1) or tolist(self)
     )
-    monkeypatch.setattr(Part, "step", lambda self, number: None)  # a CPU's AdamW asks for its own count
+    monkeypatch.setattr(Part, "step", lambda *_: None)  # a CPU's AdamW asks for its own count
     trained = part(2.0)
     with Looks() as mode:
         update(
@@ -202,3 +202,10 @@ def test_a_teacher_s_batch_in_micro_batches(teacher, tmp_path):
 def test_an_optimizer_is_set_as_its_part_says():
     (group,) = part(1.0, betas=(0.5, 0.7), weight_decay=0.3).optimizer.param_groups
     assert group["betas"] == (0.5, 0.7) and group["weight_decay"] == 0.3
+
+
+def test_the_learning_rate_falls_over_the_run():
+    trained = part(1.0, decay=0.9, warmup_steps=2)
+    for number, progress, rate in ((0, 0.0, 0.5), (1, 0.5, 0.55), (9, 1.0, 0.1)):
+        trained.step(number, progress)
+        assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(rate)

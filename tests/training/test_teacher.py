@@ -15,7 +15,7 @@ from pixeldecoder.models.transformer import PixelDecoderOutput
 from pixeldecoder.training.config import Prior
 from pixeldecoder.training.data import Batch
 from pixeldecoder.training.degrade import Condition
-from pixeldecoder.training.teacher import TeacherStage
+from pixeldecoder.training.teacher import PriorStage, TeacherStage
 from training.conftest import ARCHITECTURE
 from training.test_distill import FixedRandom
 from training.test_loop import dinov2
@@ -34,10 +34,11 @@ def by_hand(monkeypatch):
     monkeypatch.setattr("pixeldecoder.training.teacher.SampleRandom", FixedRandom)
 
     def build(config):
-        stage, asked = TeacherStage(config, Accelerator(cpu=True)), SimpleNamespace()
+        kind = PriorStage if isinstance(config, Prior) else TeacherStage
+        stage, asked = kind(config, Accelerator(cpu=True)), SimpleNamespace()
         small, kept = torch.full((3, 3, 16, 16), REAL), torch.tensor([1.0, 1.0, 0.0])
 
-        def conditions(batch, random, caption_dropout, latent_dropout):
+        def conditions(batch, random, caption_dropout, latent_dropout=0.0):
             asked.dropout = caption_dropout, latent_dropout
             return Condition(torch.ones(3, 16, 2, 2), SIGMA, small, kept, None, None)
 

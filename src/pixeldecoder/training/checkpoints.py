@@ -1,8 +1,9 @@
-"""What a run needs to go on, written whole or not at all."""
+"""Networks that train in, checkpoints from which a run goes on out, and at its end the decoder it made."""
 
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from pixeldecoder.files import write_folder
+from pixeldecoder.models.encoder import TinyLatentEncoder
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.presets import NANO
 from pixeldecoder.training.config import FREE, Run, changes, load_yaml, to_dict, write_yaml
-from pixeldecoder.training.parts import Average, Part, TrainingError
+from pixeldecoder.training.parts import Average, Part, Stage, TrainingError
 
 PARTIAL = ".partial"
 
@@ -65,12 +70,14 @@ class Checkpoints:
         step: int,
         position: int,
         samples: int,
+        minutes: float,
     ) -> Path:
         """Write, rename, and delete the oldest.
 
         Args:
             architecture: arguments of the network.
             position: of the data, in batches of so many `samples`.
+            minutes: of training that the steps took.
 
         Raises:
             TrainingError: it could not be written, for example on a full disk; older ones are kept.
@@ -90,6 +97,7 @@ class Checkpoints:
                     "step": step,
                     "position": position,
                     "samples": samples,
+                    "minutes": minutes,
                     "architecture": _plain(architecture),
                 }
                 (partial / "progress.json").write_text(json.dumps(progress, indent=1))
@@ -110,17 +118,18 @@ class Checkpoints:
 
     def load(
         self, parts: dict[str, Part], average: Average, architecture: dict[str, Any], samples: int
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, float]:
         """The newest one into `parts` and `average`.
 
         Returns:
-            Its step, and the position of the data in batches of so many `samples`; zeros if there is none.
+            Its step, the position of the data in batches of so many `samples`, and the minutes it took; zeros if there
+            is none.
 
         Raises:
             TrainingError: it is of another architecture.
         """
         if not (existing := self.existing()):
-            return 0, 0
+            return 0, 0, 0.0
         progress = _progress(existing[-1])
         if progress["architecture"] != (architecture := _plain(architecture)):
             names = [k for k in architecture if architecture[k] != progress["architecture"].get(k)]
@@ -144,13 +153,50 @@ class Checkpoints:
                 model_state_dict=state[name],
                 optim_state_dict=state[f"{name}.optimizer"],
             )
-        return progress["step"], -(-progress["position"] * progress["samples"] // samples)
+        position = -(-progress["position"] * progress["samples"] // samples)
+        return progress["step"], position, progress.get("minutes", 0.0)
 
     def _state(self, parts: dict[str, Part], average: Average) -> dict[str, Any]:
         state: dict[str, Any] = {"average": average.values}  # loaded in place
         for name, part in parts.items():
             state[name], state[f"{name}.optimizer"] = get_state_dict(part.module, part.optimizer)
         return state
+
+
+def export(config: Run, stage: Stage, average: Average) -> None:
+    """The averaged weights as a diffusers folder, or as a LoRA's file."""
+    assert config.export is not None
+    with average.applied():
+        state = full_state(stage.model)
+        if not is_main():
+            return
+        pipeline = stage.pipeline(stage.model)
+        if config.lora.rank:
+            from peft import get_peft_model_state_dict
+
+            layers = get_peft_model_state_dict(stage.model, state_dict=state)
+            save = partial(pipeline.save_lora_weights, transformer_lora_layers=layers)
+        else:
+            model = PixelDecoderTransformer2DModel.from_config(stage.model.config)
+            model.load_state_dict(state)
+            pipeline = stage.pipeline(model.eval())
+            encoder = getattr(config, "encoder", "")
+            if encoder == "nano":  # small enough to go with it
+                pipeline.register_modules(encoder=TinyLatentEncoder.from_pretrained(NANO / "encoder"))
+            if encoder:
+                pipeline.register_to_config(encoder_name=encoder)
+            save = partial(pipeline.save_pretrained, max_shard_size="5GB")
+
+        def write(folder: Path) -> None:
+            save(folder)
+            write_yaml(config, folder / "training.yaml")
+
+        write_folder(config.export, write)
+
+
+def full_state(module: nn.Module) -> dict[str, Any]:
+    """Whole tensors on the CPU, on the main process; all processes must call it."""
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def _progress(checkpoint: Path) -> dict[str, Any]:
@@ -189,11 +235,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def full_state(module: nn.Module) -> dict[str, Any]:
-    """Whole tensors on the CPU, on the main process; all processes must call it."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def is_main() -> bool:

@@ -1,6 +1,6 @@
 """A recipe's name, a YAML file and the command line in, one typed configuration of a training run out.
 
-The defaults are the paper's settings (method: Training); the recipes below name what else differs.
+The defaults are the paper's settings; the recipes below name what else differs.
 """
 
 import importlib.util
@@ -76,7 +76,9 @@ class Optimizer:
     betas: Annotated[tuple[float, float], Range(0, 1)] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
     warmup_steps: Amount = 2000
-    """Of a linear warm-up, counted in updates of what is trained; constant after it."""
+    """Of a linear warm-up, counted in updates of what is trained."""
+    decay: Share = 0.0
+    """Share of the learning rate that is gone at the end of the run, in a straight line."""
     max_grad_norm: Annotated[float | None, Range(0, ends="()")] = 0.1
     """Longer gradients are cut to it; None: as they are."""
 
@@ -108,6 +110,11 @@ class Run:
     """Folder for the pipeline (averaged weights) at the end, also of a run that is finished already."""
     steps: Count = 20_000
     """Updates of the whole run."""
+    minutes: Annotated[float, Range(0, ends="(]")] = math.inf
+    """Of training, over all calls, that end the run before its steps do. On a CPU those that this process computes:
+    other work on the machine costs the training nothing but patience."""
+    piece: Annotated[float, Range(0, ends="(]")] = math.inf
+    """Minutes of training until this call ends, with a checkpoint; the same command goes on."""
     batch_size: Count = 128
     """Samples to a step, over all processes and accumulation."""
     micro_batch_size: Count = 1
@@ -294,7 +301,8 @@ RECIPES: dict[str, dict[str, Callable[[], Run]]] = {
 
 FREE = {
     "architecture",  # what is in the file must stay, which a checkpoint knows
-    "output", "export", "steps", "micro_batch_size", "gradient_checkpointing", "compile", "fsdp", "device", "tracker",
+    "output", "export", "steps", "minutes", "piece",
+    "micro_batch_size", "gradient_checkpointing", "compile", "fsdp", "device", "tracker",
     "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "data.validation", "data.workers",
 }  # fmt: skip
 """Settings that a run may change when it goes on: they do not decide what it learns."""

@@ -10,15 +10,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers.utils import logging
 from PIL import Image
 
 from pixeldecoder.flow import SampleRandom
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import UNREADABLE, Folder, Record, Shards, bucket
+from pixeldecoder.plan import held_memory, memory_budget
+from pixeldecoder.training.config import Run
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +40,57 @@ class Batch:
     """Each sample's number in the whole run, which its random numbers depend on."""
     position: int
     """Where the next batch is: the `start` of a run that goes on after this one."""
+
+
+def load_source(config: Run) -> Folder | Shards:
+    data = config.data
+    if not data.source:
+        raise ValueError("data.source: expected a folder of images or WebDataset shards")
+    if (folder := Path(data.source)).is_dir():
+        return Folder(folder, data.captions)
+    if ".tar" not in data.source:
+        what = "expected a folder, or .tar shards" if folder.exists() else "no such folder"
+        raise ValueError(f"data.source {data.source}: {what}")
+    if data.in_memory:
+        raise ValueError("data.in_memory: expected a folder, got shards")
+    return Shards(data.source)
+
+
+def load_batches(
+    config: Run,
+    model: PixelDecoderTransformer2DModel,
+    source: Folder | Shards,
+    accelerator: Accelerator,
+    position: int,
+) -> Iterator[Batch]:
+    data = config.data
+    sizes = load_sizes(config, model)
+    source.require(sizes, side_multiple(model.config))
+    share = dict(
+        seed=config.seed,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        start=position,
+    )
+    if data.in_memory:
+        assert isinstance(source, Folder)
+        total = sum(3 * math.prod(record.size) for record in source.items)
+        free = memory_budget(accelerator.device) - held_memory(accelerator.device)
+        if total > free:
+            raise ValueError(
+                f"data.in_memory: {len(source)} pictures take {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+                "give --data.no-in-memory, and they are read and shrunk as they are needed"
+            )
+        return batches_in_memory(source, data.resolution, config.micro_batch_size, **share)  # type: ignore[arg-type]
+    return batches(source, sizes, config.micro_batch_size, **share, workers=data.workers)  # type: ignore[arg-type]
+
+
+def load_sizes(config: Run, model: PixelDecoderTransformer2DModel) -> list[tuple[int, int]]:
+    """Widths and heights of the crops."""
+    data = config.data
+    widest = 1.0 if data.in_memory else data.max_aspect_ratio
+    return bucket_sizes(data.resolution, side_multiple(model.config), widest)
 
 
 def side_multiple(network: Any) -> int:

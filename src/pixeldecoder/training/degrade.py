@@ -1,4 +1,4 @@
-"""A batch of pictures in, what the network is told of them out: noisy latents, their sigma, prompt embeddings."""
+"""A batch of pictures in, the network's conditions out: noisy latents, their sigma, prompt embeddings."""
 
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Condition(NamedTuple):
 
 
 class Conditions:
-    """Degrades pictures as the method says (method: Training, "Data", "Noising", "Dropout").
+    """Shrinks pictures, encodes them, noises (eq. 6, 7) and drops the latents, drops captions.
 
     Raises:
         ValueError: no encoder, or one for another latent space.

@@ -1,9 +1,12 @@
-"""Batches in, DMD2 updates out: the 4-step student (method: DMD2; arXiv 2405.14867)."""
+"""Batches in, DMD2 updates out: the 4-step student (arXiv 2405.14867)."""
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,33 +15,26 @@ from torch.nn.utils import parametrize
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, clean, guided, noised
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
+from pixeldecoder.pictures import Folder, Shards
 from pixeldecoder.pipeline import FlowMatchLCMScheduler, PixelDecoderPipeline
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Student
-from pixeldecoder.training.data import Batch
+from pixeldecoder.training.data import Batch, load_batches
 from pixeldecoder.training.degrade import Condition, Conditions
-from pixeldecoder.training.parts import (
-    Part,
-    Terms,
-    add_lora,
-    autocast,
-    build_network,
-    freeze_unused,
-    shard,
-    update,
-)
+from pixeldecoder.training.network import add_lora, build_network, freeze_unused
+from pixeldecoder.training.parts import Part, Terms, autocast, shard, update
 
 
 class StudentStage:
     """Student, frozen teacher and fake score are one class with the same start; the discriminator reads the teacher."""
 
-    def __init__(self, config: Student, accelerator: Accelerator):
+    def __init__(self, config: Student, accelerator: Accelerator, conditions: Callable[..., Any] = Conditions):
         self.config, self.accelerator = config, accelerator
-        network = build_network(config)
+        self.model = network = build_network(config)
         blocks = network.config.num_layers
         if not config.feature_blocks or not all(0 <= block < blocks for block in config.feature_blocks):
             raise ValueError(f"feature_blocks {config.feature_blocks}: the network has blocks 0 to {blocks - 1}")
-        self.conditions = Conditions(config, network, accelerator.device)
+        self.conditions = conditions(config, network, accelerator.device)
         self.guides = network.config.text_embed_dim is not None and config.guidance_scale != 1
         freeze_unused(network, network.config.aux_rgb_base)
         self.teacher = self._frozen(copy.deepcopy(network))
@@ -77,10 +73,6 @@ class StudentStage:
                     parametrize.register_parametrization(layer, "weight", Int8Rows(layer.weight.dtype), unsafe=True)
         return teacher.to(device)
 
-    @property
-    def model(self) -> PixelDecoderTransformer2DModel:
-        return self.student.module  # type: ignore[return-value]
-
     def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
         return PixelDecoderPipeline(
             model,
@@ -89,24 +81,25 @@ class StudentStage:
             trained_size=self.config.data.resolution,
         )
 
+    def batches(self, source: Folder | Shards, position: int) -> Iterator[Batch]:
+        return load_batches(self.config, self.model, source, self.accelerator, position)
+
     def model_update(self, step: int) -> int | None:
         """Which of the student's updates this step is, from 0; `None`: it is the critics'."""
         number, place = divmod(step, self.config.student_every)
         return number if place == self.config.student_every - 1 else None
 
-    def update(self, batches: list[Batch], step: int) -> dict[str, float]:
+    def update(self, batches: list[Batch], step: int, progress: float = 0.0) -> dict[str, float]:
         number = self.model_update(step)
         if number is None:
             critics = {"fake_score": self.fake_score, "discriminator": self.discriminator}
             number = step - step // self.config.student_every
-            return update(critics, batches, self.critic_losses, step, number, self.accelerator)
+            return update(critics, batches, self.critic_losses, step, number, self.accelerator, progress)
         warm_up = min(1.0, step / max(1, self.config.gan_warmup_steps))
         self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
         try:
-            student = {"student": self.student}
-            return update(
-                student, batches, lambda batch: self.student_losses(batch, warm_up), step, number, self.accelerator
-            )
+            student, losses_of = {"student": self.student}, partial(self.student_losses, gan_warm_up=warm_up)
+            return update(student, batches, losses_of, step, number, self.accelerator, progress)
         finally:
             self.discriminator.module.requires_grad_(True)
 

@@ -1,4 +1,4 @@
-"""Predictions and targets in, scalar losses out: pure functions, each a mean over the batch (method: Training)."""
+"""Predictions and targets in, scalar losses out: pure functions, each a mean over the batch."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ CHARBONNIER_EPS = 1e-3
 
 
 def flow_matching(velocity: torch.Tensor, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the velocity, target noise - image; all (B, 3, H, W).
+    """Mean squared error of the velocity, target noise - image (eq. 24); all (B, 3, H, W).
 
     A network that predicts the clean image gives its velocity as (x_t - x0) / max(t, .05); the target is not clamped.
     """
@@ -20,7 +20,7 @@ def flow_matching(velocity: torch.Tensor, image: torch.Tensor, noise: torch.Tens
 def aux_rgb(
     prediction: torch.Tensor, small: torch.Tensor, weight: torch.Tensor, total: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Charbonnier distance of luma and chroma, a weighted mean over the samples (method: Training, "Auxiliary RGB").
+    """Charbonnier distance of luma and chroma, a weighted mean over the samples (eq. 25, 26).
 
     Args:
         prediction, small: low-resolution images (B, 3, h, w) in [-1, 1].
@@ -36,12 +36,12 @@ def aux_rgb(
 
 
 def repa(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of projected features and a vision encoder's, both (B, L, C) (REPA, arXiv 2410.06940)."""
+    """1 - cosine of projected features and a vision encoder's, both (B, L, C) (eq. 27; REPA, arXiv 2410.06940)."""
     return 1 - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean()
 
 
 def vsd(student: torch.Tensor, teacher: torch.Tensor, fake_score: torch.Tensor) -> torch.Tensor:
-    """Variational score distillation: its gradient on the student's image is w (x0_F - x0_T) (method: DMD2).
+    """Variational score distillation: its gradient on the student's image is w (x0_F - x0_T) (eq. 29).
 
     Args:
         student: the student's image x_s, with gradient, (B, 3, H, W).
@@ -57,14 +57,16 @@ def vsd(student: torch.Tensor, teacher: torch.Tensor, fake_score: torch.Tensor) 
 
 
 def gan_student(logits_fake: torch.Tensor) -> torch.Tensor:
-    """Non-saturating loss of the student; logits of the discriminator on its noised images."""
+    """Non-saturating loss of the student (eq. 30); logits of the discriminator on its noised images."""
     return F.softplus(-logits_fake.float()).mean()
 
 
 def gan_discriminator(logits_fake: torch.Tensor, logits_real: torch.Tensor) -> torch.Tensor:
+    """Non-saturating loss of the discriminator (eq. 30)."""
     return F.softplus(logits_fake.float()).mean() + F.softplus(-logits_real.float()).mean()
 
 
 def approximate_r1(logits_real: torch.Tensor, logits_perturbed: torch.Tensor) -> torch.Tensor:
-    """Mean squared change of the logits on real images when a little noise is added to the discriminator's input."""
+    """Mean squared change of the logits on real images when a little noise is added to the discriminator's input
+    (eq. 31)."""
     return (logits_perturbed.float() - logits_real.float()).square().mean()

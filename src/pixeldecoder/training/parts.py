@@ -1,10 +1,9 @@
-"""Networks in, networks that train over one or many processes out: their optimizers, average and memory."""
+"""A network in, one that trains over one or many processes out: its optimizer, its average, its updates."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,10 +20,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 
-from pixeldecoder.convert import load_folder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pictures import Folder, Shards
 from pixeldecoder.pipeline import PixelDecoderPipeline
-from pixeldecoder.training.config import Lora, Optimizer, Run
+from pixeldecoder.training.config import Optimizer, Run
 from pixeldecoder.training.data import Batch
 
 Terms = dict[str, torch.Tensor]
@@ -33,100 +32,9 @@ Terms = dict[str, torch.Tensor]
 LARGE = 1e12
 """Gradients' values are scaled down to this before their squares are summed up in float32."""
 
-LORA_TARGETS = {
-    "backbone": r"(patch_blocks|pixel_blocks)\.\d+\.(attn\.(to_qkv|to_out|add_qkv|to_add_out)|compress|expand"
-    r"|(text_)?mlp\.(gate_proj|up_proj|down_proj|0|2))",
-    "adapter": r"adapter\.(convs\.(0|2|\d+\.block\.[25])|heads\.\d+|pixel_head)",
-}
-
 
 class TrainingError(ValueError):
     """A run that must stop."""
-
-
-def build_network(config: Run) -> PixelDecoderTransformer2DModel:
-    """The network a run starts from, float32.
-
-    Raises:
-        ValueError: nothing to start from, or weights that do not fit the architecture.
-    """
-    if not config.model and config.architecture is None:
-        raise ValueError("expected `model` (what to start from) or `architecture` (to start from scratch)")
-    start = None
-    if config.model:
-        folder = Path(config.model)
-        if folder.is_dir():
-            start = load_folder(folder)
-        else:
-            # A folder that another run has not exported yet looks like a Hub id.
-            missing = f"model {config.model}: no such folder"
-            if "/" in config.model and not folder.exists() and folder.parent.is_dir():
-                raise ValueError(missing)
-            try:
-                start = PixelDecoderPipeline.from_pretrained(config.model).transformer
-            except ValueError as error:
-                if isinstance(error.__context__, OSError):  # of the Hub
-                    reason = str(error.__context__).splitlines()[0][:120]
-                    raise ValueError(
-                        f"{missing}, and https://huggingface.co has none that can be read ({reason})"
-                    ) from None
-                raise
-    if config.architecture is None:
-        assert start is not None
-        return start.float()
-    model = PixelDecoderTransformer2DModel(**read_architecture(config.architecture))
-    if start is not None:
-        expected, found = model.state_dict(), start.state_dict()
-        problems = [n for n in found if n not in expected or expected[n].shape != found[n].shape]
-        problems += [n for n in expected if n not in found and not n.startswith("adapter.")]
-        if problems:
-            raise ValueError(
-                f"{config.model} does not fit {config.architecture}: {len(problems)} tensors differ: "
-                f"{', '.join(problems[:5])}"
-            )
-        model.load_state_dict(found, strict=False)
-    return model
-
-
-def read_architecture(path: Path) -> dict[str, Any]:
-    """Arguments of the network from JSON or YAML.
-
-    Raises:
-        ValueError: unreadable, or an argument that does not exist.
-    """
-    import inspect
-
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML or JSON: {error}") from None
-    known = inspect.signature(PixelDecoderTransformer2DModel.__init__).parameters
-    if not isinstance(found, dict) or (unknown := [k for k in found if k not in known and k[:1] != "_"]):
-        raise ValueError(
-            f"{path}: expected arguments of the network ({', '.join(list(known)[1:])})"
-            + (f", got {', '.join(unknown)}" if isinstance(found, dict) else "")
-        )
-    return {key: value for key, value in found.items() if key[:1] != "_"}
-
-
-def add_lora(model: PixelDecoderTransformer2DModel, lora: Lora) -> None:
-    """Freeze the network and add low-rank updates, which train."""
-    from peft import LoraConfig
-
-    model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=LORA_TARGETS[lora.part]))
-
-
-def freeze_unused(model: PixelDecoderTransformer2DModel, aux_rgb: bool) -> None:
-    """What no loss reaches: the text branch of the last block, and the auxiliary head if it has no loss."""
-    last = model.patch_blocks[-1]
-    unused = [last.text.norm2, last.text_mlp, last.attn.to_add_out] if last.text is not None else []
-    if model.adapter is not None and model.adapter.aux_rgb_head is not None and not aux_rgb:
-        unused.append(model.adapter.aux_rgb_head)
-    for module in unused:
-        module.requires_grad_(False)
 
 
 def ensure_process_group(device: torch.device) -> None:
@@ -159,9 +67,19 @@ class Part:
     """A network that trains: itself, its wrapper for many processes, its optimizer.
 
     Call it as the network; `module` is the bare one.
+
+    Args:
+        optimizer: by default AdamW; the settings' warm-up and decay scale the learning rates of all its groups.
     """
 
-    def __init__(self, module: nn.Module, settings: Optimizer, config: Run, accelerator: Accelerator):
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: Optimizer,
+        config: Run,
+        accelerator: Accelerator,
+        optimizer: Callable[[nn.Module, Optimizer], torch.optim.Optimizer] | None = None,
+    ):
         self.settings, self.device = settings, accelerator.device
         self.module = module.to(accelerator.device)
         if config.fsdp:
@@ -172,13 +90,18 @@ class Part:
             self.wrapped = accelerator.prepare_model(self.module)
         self.autocast = not config.fsdp and config.precision == "bfloat16"
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            settings.learning_rate,
-            settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=self.device.type == "cuda",  # without temporary copies of all weights
+        self.optimizer = (
+            optimizer(self.module, settings)
+            if optimizer is not None
+            else torch.optim.AdamW(
+                self.parameters,
+                settings.learning_rate,
+                settings.betas,
+                weight_decay=settings.weight_decay,
+                fused=self.device.type == "cuda",  # without temporary copies of all weights
+            )
         )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def __call__(self, *args, **kwargs):
         with autocast(self.device, self.autocast):
@@ -214,12 +137,40 @@ class Part:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, longest)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm) / scale
 
-    def step(self, number: int) -> None:
-        """The optimizer's step, at the learning rate of this part's update `number`, from 0."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * min(1, (number + 1) / max(1, self.settings.warmup_steps))
+    def step(self, number: int, progress: float = 0.0) -> None:
+        """The optimizer's step, at the learning rates of this part's update `number`, from 0."""
+        share = min(1, (number + 1) / max(1, self.settings.warmup_steps)) * (1 - self.settings.decay * progress)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class Stage(Protocol):
+    """What a run trains: made of its configuration and an `Accelerator`."""
+
+    model: Any
+    """The network whose average is validated and exported, a diffusers `ModelMixin`."""
+    parts: dict[str, Part]
+    """All that trains, and goes into checkpoints."""
+    conditions: Any
+    """`Conditions` of the pictures that it is validated on; unused where a run validates never."""
+
+    def batches(self, source: Folder | Shards, position: int) -> Iterator[Batch]:
+        """Endless micro-batches of this process, from the position that the last one of an earlier run names."""
+
+    def update(self, batches: list[Batch], step: int, progress: float) -> dict[str, float]:
+        """Train on accumulated micro-batches; returns its terms.
+
+        Args:
+            progress: share of the run that is over, in [0, 1).
+        """
+
+    def model_update(self, step: int) -> int | None:
+        """Which of the updates of `model` this step is, from 0; `None`: it is of other parts alone."""
+
+    def pipeline(self, model: Any) -> PixelDecoderPipeline:
+        """Around a model of the kind that it trains: what is validated and exported."""
 
 
 def autocast(device: torch.device, enabled: bool):
@@ -234,12 +185,14 @@ def update(
     step: int,
     number: int,
     accelerator: Accelerator,
+    progress: float = 0.0,
 ) -> dict[str, float]:
     """One optimizer step of `parts` on accumulated batches.
 
     Args:
         step: of the run, for messages.
         number: of this update among those of `parts`, from 0.
+        progress: of the run, in [0, 1).
 
     Returns:
         The terms' means over all processes, and each part's gradient norm before it is cut.
@@ -273,12 +226,12 @@ def update(
             f"the gradient of step {step} ({found}) is not finite, in a batch of {len(seen)}: {', '.join(seen[:10])}"
         )
     for part in parts.values():
-        part.step(number)
+        part.step(number, progress)
     return values
 
 
 class Average:
-    """Exponential moving average of what trains, float32."""
+    """Exponential moving average of the trained weights (eq. 28), float32."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
