@@ -1,20 +1,6 @@
 """Methods, pictures and prompts in; their images, what these are worth, and a report out."""
 
-import importlib
 from typing import Any
-
-
-def need(command: str, *packages: str) -> None:
-    """Import packages of the `evaluate` extra before any work is done, rather than miss them at its end.
-
-    Raises:
-        ValueError: one is missing.
-    """
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            raise ValueError(f"{command} needs {package}: pip install 'pixeldecoder[evaluate]'") from None
 
 
 def scale_log(axis: Any) -> None:

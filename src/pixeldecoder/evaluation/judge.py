@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixeldecoder.evaluation import need
+from pixeldecoder.errors import require
 from pixeldecoder.evaluation.run import append_line, image_path, read_finished, read_lines, read_rows, study_settings
 from pixeldecoder.files import load_image
 
@@ -46,7 +46,7 @@ def judge(
         ValueError: no evaluation there, no such settings, the server does not answer, or a package of the `evaluate`
             extra is missing.
     """
-    need("judge", "jinja2", "matplotlib")  # of the report that follows
+    require("judge", "evaluate", "jinja2", "matplotlib")  # of the report that follows
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"--url {url}: expected http:// or https://, up to /v1")
     study = read_finished(output)

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pixeldecoder.convert import read_reference
+from pixeldecoder.errors import require
 from pixeldecoder.files import load_image, to_image, to_tensor
 from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
 from pixeldecoder.latents import SPACES, decode, encode
@@ -256,10 +257,9 @@ def _upscale_pipeline(name: str, making: Making) -> Callable[[torch.Tensor, Case
 
 
 def _spandrel(name: str, device: str) -> Callable[[torch.Tensor, Case], torch.Tensor]:
-    try:
-        from spandrel import ImageModelDescriptor, ModelLoader
-    except ImportError:
-        raise ValueError("baseline spandrel: needs spandrel: pip install 'pixeldecoder[iqa]'") from None
+    require("baseline spandrel", "iqa", "spandrel")
+    from spandrel import ImageModelDescriptor, ModelLoader
+
     if not Path(name).is_file():
         raise ValueError(f"baseline spandrel:{name}: no such file")
     try:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pixeldecoder.evaluation import need, scale_log
+from pixeldecoder.errors import require
+from pixeldecoder.evaluation import scale_log
 from pixeldecoder.evaluation.judge import is_answer, verdicts
 from pixeldecoder.evaluation.methods import Setting, slug
 from pixeldecoder.evaluation.metrics import METRICS, Metric, find_metrics, load_metrics, luma, measure, texture_map
@@ -86,7 +87,7 @@ def write_report(output: Path) -> None:
     Raises:
         ValueError: no evaluation there, a damaged one, or a package of the `evaluate` extra is missing.
     """
-    need("the report", "jinja2", "matplotlib")
+    require("the report", "evaluate", "jinja2", "matplotlib")
     study = read_finished(output)
     rows: Rows = {setting: {} for setting in study_settings(study)}
     for (setting, image), row in read_rows(output).items():
@@ -119,7 +120,7 @@ def write_comparison(first: Path, second: Path, output: Path, weights: dict[str,
     Raises:
         ValueError: not readable, of different size, or a package of the `evaluate` extra is missing.
     """
-    need("compare", "jinja2", "torchmetrics")
+    require("compare", "evaluate", "jinja2", "torchmetrics")
     images = [load_image(path) for path in (first, second)]
     if images[0].size != images[1].size:
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)

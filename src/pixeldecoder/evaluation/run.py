@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import pixeldecoder
-from pixeldecoder.evaluation import need
+from pixeldecoder.errors import require
 from pixeldecoder.evaluation.methods import (
     BASELINES,
     Case,
@@ -109,7 +109,7 @@ class Study:
                 the `evaluate` extra that is missing.
         """
         shards = ("braceexpand", "webdataset") if self.source.endswith(".tar") else ()
-        need("evaluate", "jinja2", "matplotlib", "torchmetrics", *shards)
+        require("evaluate", "evaluate", "jinja2", "matplotlib", "torchmetrics", *shards)
         self.state = PartialState(cpu=self.device == "cpu")
         known = find_metrics(self.metrics, self.weights)
         methods = self._methods()
