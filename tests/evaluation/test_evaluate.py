@@ -39,7 +39,7 @@ from families import build, clip, tokenizer
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
 from pixeldecoder.convert import export_reference_state_dict, folder_to_reference
-from pixeldecoder.evaluation import methods, run
+from pixeldecoder.evaluation import methods, study
 from pixeldecoder.evaluation.judge import _uri, verdicts
 from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_facts
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics
@@ -133,7 +133,7 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, output)
     before = table(output)
     made = []
-    monkeypatch.setattr(run, "decoder_run", lambda *args: made.append(args))
+    monkeypatch.setattr(study, "decoder_run", lambda *args: made.append(args))
     for steps in ((), ("--metrics", "psnr", "border")):
         assert evaluate(parts, output, *common(parts), "--steps", 1, 2, "--as-if-clean", *steps) == 0
     assert not made
@@ -161,10 +161,10 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     assert evaluate(parts, output, *arguments, "--vae", "another") == 2
     assert f"with vae {parts / 'vae'}, not another" in capsys.readouterr().err.splitlines()[-1]
     # More metrics of images that are there; and what an interrupted run left, whose settings no table had yet, stays.
-    study = json.loads((output / "study.json").read_text())
-    study["settings"] = [setting for setting in study["settings"] if setting["method"] != "lanczos"]
-    (output / "study.json").write_text(json.dumps(study))
-    monkeypatch.setattr(run, "decoder_run", lambda *args: made.append(args))
+    content = json.loads((output / "study.json").read_text())
+    content["settings"] = [setting for setting in content["settings"] if setting["method"] != "lanczos"]
+    (output / "study.json").write_text(json.dumps(content))
+    monkeypatch.setattr(study, "decoder_run", lambda *args: made.append(args))
     assert evaluate(parts, output, *arguments[:2], "--baselines", "bicubic", "--limit", 2, "--steps", 3) == 0
     assert not made
     filled = [row for row in table(output) if row["steps"] == "3"]
@@ -667,7 +667,7 @@ def test_prompts(parts, tmp_path):
     assert len(list((output / "latents").glob("*.safetensors"))) == 4
     for row in rows:
         setting = Setting(row["method"], int(row["steps"]) if row["steps"] else None, stop=row["stop"] or None)
-        from pixeldecoder.evaluation.run import image_path
+        from pixeldecoder.evaluation.study import image_path
 
         assert Image.open(image_path(output, setting, row["file"])).size == (256, 256)
     assert "psnr: skipped: for pictures alone" in (output / "report.md").read_text()

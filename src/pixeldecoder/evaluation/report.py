@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pixeldecoder.charts import scale_log
 from pixeldecoder.errors import require
-from pixeldecoder.evaluation import scale_log
 from pixeldecoder.evaluation.judge import is_answer, verdicts
 from pixeldecoder.evaluation.methods import Setting, slug
 from pixeldecoder.evaluation.metrics import METRICS, Metric, find_metrics, load_metrics, luma, measure, texture_map
-from pixeldecoder.evaluation.run import image_path, read_finished, read_lines, read_rows, study_settings
+from pixeldecoder.evaluation.study import image_path, read_finished, read_lines, read_rows, study_settings
 from pixeldecoder.files import load_image, side_by_side, to_image, to_tensor, write_whole
 
 RESAMPLES = 2000

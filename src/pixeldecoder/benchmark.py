@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchLCMScheduler
 
-from pixeldecoder.evaluation import scale_log
+from pixeldecoder.charts import scale_log
 from pixeldecoder.files import write_whole
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.performance import Quantization, compile_blocks, quantize, set_attention
@@ -138,7 +138,7 @@ class _Worker:
 
     def __init__(self, task: dict[str, Any]):
         self.name = task["configuration"]
-        command = [sys.executable, "-m", "pixeldecoder.evaluation.benchmark", json.dumps(task)]
+        command = [sys.executable, "-m", "pixeldecoder.benchmark", json.dumps(task)]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from pixeldecoder import benchmark
+from pixeldecoder.benchmark import _baseline_run, check_configuration
+from pixeldecoder.charts import scale_log
 from pixeldecoder.cli import main
-from pixeldecoder.evaluation import benchmark, scale_log
-from pixeldecoder.evaluation.benchmark import _baseline_run, check_configuration
 
 
 def test_benchmark(tmp_path, capsys):
