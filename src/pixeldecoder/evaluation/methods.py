@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file
@@ -241,8 +241,6 @@ def _enlarge(small: torch.Tensor | None, scale: int, kind: str) -> torch.Tensor:
 
 
 def _upscale_pipeline(name: str, making: Making) -> Callable[[torch.Tensor, Case], torch.Tensor]:
-    from diffusers import DiffusionPipeline
-
     pipe = DiffusionPipeline.from_pretrained(name).to(making.device)
     pipe.set_progress_bar_config(disable=True)
     takes = inspect.signature(pipe.__call__).parameters

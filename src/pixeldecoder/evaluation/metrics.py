@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -417,7 +418,6 @@ def _of_pyiqa(name: str) -> Metric | None:
 
 def _hps(device: torch.device, weights: dict[str, Path]) -> Score:
     import open_clip
-    from huggingface_hub import hf_hub_download
 
     path = weights.get("hps") or hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     model, _, preprocess = open_clip.create_model_and_transforms("ViT-H-14", pretrained=str(path), device=device)
