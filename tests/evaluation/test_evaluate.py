@@ -43,7 +43,9 @@ from pixeldecoder.evaluation import methods, study
 from pixeldecoder.evaluation.judge import _uri, verdicts
 from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_facts
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics
-from pixeldecoder.evaluation.report import interval, write_report
+from pixeldecoder.evaluation.report import write_report
+from pixeldecoder.evaluation.results import image_path
+from pixeldecoder.evaluation.tables import interval
 from pixeldecoder.pictures import Shards
 from pixeldecoder.pipeline import teacher_scheduler
 from pixeldecoder.presets import PRESETS, Preset
@@ -667,8 +669,6 @@ def test_prompts(parts, tmp_path):
     assert len(list((output / "latents").glob("*.safetensors"))) == 4
     for row in rows:
         setting = Setting(row["method"], int(row["steps"]) if row["steps"] else None, stop=row["stop"] or None)
-        from pixeldecoder.evaluation.study import image_path
-
         assert Image.open(image_path(output, setting, row["file"])).size == (256, 256)
     assert "psnr: skipped: for pictures alone" in (output / "report.md").read_text()
     latents = {path: path.read_bytes() for path in sorted((output / "latents").iterdir())}

@@ -15,7 +15,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixeldecoder.errors import require
-from pixeldecoder.evaluation.study import append_line, image_path, read_finished, read_lines, read_rows, study_settings
+from pixeldecoder.evaluation.results import (
+    append_line,
+    image_path,
+    read_finished,
+    read_lines,
+    read_rows,
+    study_settings,
+)
 from pixeldecoder.files import load_image
 
 QUESTION = (
