@@ -41,7 +41,7 @@ from pixeldecoder.cli import main
 from pixeldecoder.convert import export_reference_state_dict, folder_to_reference
 from pixeldecoder.evaluation import methods, study
 from pixeldecoder.evaluation.judge import _uri, verdicts
-from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_facts
+from pixeldecoder.evaluation.methods import Case, Facts, Setting, Workspace, read_facts
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics
 from pixeldecoder.evaluation.report import write_report
 from pixeldecoder.evaluation.results import image_path
@@ -135,7 +135,7 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, output)
     before = table(output)
     made = []
-    monkeypatch.setattr(study, "decoder_run", lambda *args: made.append(args))
+    monkeypatch.setattr(study, "decoder_method", lambda *args: made.append(args))
     for steps in ((), ("--metrics", "psnr", "border")):
         assert evaluate(parts, output, *common(parts), "--steps", 1, 2, "--as-if-clean", *steps) == 0
     assert not made
@@ -166,7 +166,7 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     content = json.loads((output / "study.json").read_text())
     content["settings"] = [setting for setting in content["settings"] if setting["method"] != "lanczos"]
     (output / "study.json").write_text(json.dumps(content))
-    monkeypatch.setattr(study, "decoder_run", lambda *args: made.append(args))
+    monkeypatch.setattr(study, "decoder_method", lambda *args: made.append(args))
     assert evaluate(parts, output, *arguments[:2], "--baselines", "bicubic", "--limit", 2, "--steps", 3) == 0
     assert not made
     filled = [row for row in table(output) if row["steps"] == "3"]
@@ -201,9 +201,9 @@ def test_best_is_told_of_equal_images_alone(parts, tmp_path):
 
 def test_noise_is_a_matter_of_picture_and_seed(tmp_path):
     def made(name, seed):
-        making, case = Making(tmp_path, False, seed, 4, "cpu"), Case(name, "")
-        noise = making.noised(torch.zeros(1, 4, 8, 8), case, 1.0, "flow")
-        return torch.stack([noise, torch.randn(1, 4, 8, 8, generator=making.generator(case))])
+        workspace, case = Workspace(tmp_path, False, seed, 4, "cpu"), Case(name, "")
+        noise = workspace.noised(torch.zeros(1, 4, 8, 8), case, 1.0, "flow")
+        return torch.stack([noise, torch.randn(1, 4, 8, 8, generator=workspace.generator(case))])
 
     one = made("a.png", 0)
     assert torch.equal(made("a.png", 0), one) and one.std() == pytest.approx(1, abs=0.1)
@@ -698,7 +698,7 @@ def test_a_baseline_of_another_scale(tmp_path, monkeypatch):
     photo(0, (16, 16)).save(tmp_path / "boat.png")
     monkeypatch.setattr(methods, "latents_path", lambda *args: tmp_path / "boat.png")
     for scale in (4, 2):
-        make = methods.baseline_run("upscale:x", None, "flow", Making(tmp_path, True, 0, scale, "cpu"))
+        make = methods.baseline_method("upscale:x", None, "flow", Workspace(tmp_path, True, 0, scale, "cpu"))
         if scale == 4:
             assert make(case, Setting("upscale:x"))[0].shape == (1, 3, 64, 64)
         else:

@@ -43,12 +43,12 @@ class CropComparison(NamedTuple):
     @property
     def layers(self) -> dict[str, str]:
         """As `data:` URIs."""
-        found = {}
+        uris = {}
         for label, picture in self.pictures.items():
             buffer = io.BytesIO()
             picture.save(buffer, format="webp", quality=95)
-            found[label] = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        return found
+            uris[label] = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return uris
 
 
 def headline_metrics(metrics: list[Metric]) -> list[Metric]:

@@ -55,15 +55,15 @@ def find_metrics(names: Iterable[str], weights: dict[str, Path]) -> list[Metric]
     asked = list(names) or [name for name, metric in METRICS.items() if metric.light]
     if "all" in asked:
         asked = [*METRICS, *(name for name in asked if name != "all")]
-    found = []
+    metrics = []
     for name in dict.fromkeys([*asked, *given]):
         metric = METRICS.get(name) or _of_pyiqa(name)
         if metric is None:
             raise ValueError(
                 f'no metric "{name}": expected all, {", ".join(METRICS)}, or a name that an installed pyiqa knows'
             )
-        found.append(metric)
-    return found
+        metrics.append(metric)
+    return metrics
 
 
 def load_metrics(

@@ -45,7 +45,7 @@ class SqueezeNetDistance:
         x = ((image.float() + 1) * 127.5).flip(1) - self.mean  # blue, green, red, as it was trained
         x = x.contiguous(memory_format=torch.channels_last)  # a third less time on a CPU
         x = self._conv("features.0", x, stride=2)
-        found = [x]
+        features = [x]
         for layer in range(2, 13):
             if layer in self.POOLS:
                 x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
@@ -54,8 +54,8 @@ class SqueezeNetDistance:
             wide = self._conv(f"features.{layer}.expand3x3", squeezed, padding=1)
             x = torch.cat([self._conv(f"features.{layer}.expand1x1", squeezed), wide], dim=1)
             if layer + 1 in self.POOLS or layer == 12:
-                found.append(x)
-        return [F.normalize(x, dim=1) for x in found]
+                features.append(x)
+        return [F.normalize(x, dim=1) for x in features]
 
     def _conv(self, name: str, x: torch.Tensor, **kwargs) -> torch.Tensor:
         return F.conv2d(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **kwargs).relu()

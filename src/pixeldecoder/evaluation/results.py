@@ -110,15 +110,15 @@ def _is_number(value: Any) -> bool:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON objects, a line each; without what an interruption tore, or what is none."""
-    found = []
+    contents = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             content = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(content, dict):
-            found.append(content)
-    return found
+            contents.append(content)
+    return contents
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:

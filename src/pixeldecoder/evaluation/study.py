@@ -25,11 +25,11 @@ from pixeldecoder.errors import require
 from pixeldecoder.evaluation.methods import (
     BASELINES,
     Case,
-    Making,
-    Run,
+    Method,
     Setting,
-    baseline_run,
-    decoder_run,
+    Workspace,
+    baseline_method,
+    decoder_method,
     latents_path,
     read_facts,
     slug,
@@ -152,13 +152,13 @@ class Study:
 
     # What there is to do, and on what.
 
-    def _methods(self) -> list[tuple[list[Setting], Callable[[], Run]]]:
+    def _methods(self) -> list[tuple[list[Setting], Callable[[], Method]]]:
         """Settings, with what loads their method when its turn comes, so that one at a time is in memory."""
         if not self.decoders and not self.baselines:
             raise ValueError("nothing to evaluate: give a decoder or a baseline")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit {self.limit}: expected at least 1")
-        found: list[tuple[list[Setting], Callable[[], Run]]] = []
+        found: list[tuple[list[Setting], Callable[[], Method]]] = []
         scales, frames = {}, []
         stops, sigmas = dict.fromkeys(self.stops), dict.fromkeys(self.sigmas)  # each once, in order
         for name, load in self.decoders.items():
@@ -287,20 +287,22 @@ class Study:
 
     # What is done, and what is written of it.
 
-    def _load_decoder(self, load: Callable[[], PixelDecoderPipeline]) -> Run:
+    def _load_decoder(self, load: Callable[[], PixelDecoderPipeline]) -> Method:
         pipeline = load()
-        return decoder_run(pipeline, None if self.prompts else self.encoder(pipeline), self.call_kwargs, self._making())
+        return decoder_method(
+            pipeline, None if self.prompts else self.encoder(pipeline), self.call_kwargs, self._making()
+        )
 
-    def _load_baseline(self, name: str, frames: list[Frame]) -> Run:
+    def _load_baseline(self, name: str, frames: list[Frame]) -> Method:
         vae = (
             None
             if self.vae is None or name in ("bicubic", "lanczos")
             else load_autoencoder(self.vae).to(self.device).eval()
         )
-        return baseline_run(name, vae, frames[0] if frames else "flow", self._making())
+        return baseline_method(name, vae, frames[0] if frames else "flow", self._making())
 
-    def _making(self) -> Making:
-        return Making(self.output, self.prompts, self.seed, self.scale, self.device)
+    def _making(self) -> Workspace:
+        return Workspace(self.output, self.prompts, self.seed, self.scale, self.device)
 
     def _generate(self) -> None:
         """Latents for every stop, in full runs for those that are not there."""
@@ -349,8 +351,10 @@ class Study:
     def _truth_path(self, case: Case) -> Path:
         return image_path(self.output, "truth", case.file)
 
-    def _run_method(self, settings: list[Setting], load: Callable[[], Run], scores: dict[str, Any], bar: tqdm) -> None:
-        run: Run | None = None
+    def _run_method(
+        self, settings: list[Setting], load: Callable[[], Method], scores: dict[str, Any], bar: tqdm
+    ) -> None:
+        run: Method | None = None
         for case in self._mine():
             opened = None
             for setting in settings:

@@ -86,11 +86,11 @@ def judge_tables(answers: list[dict[str, Any]]) -> list[Table]:
     tables = []
     for model in dict.fromkeys(answer["model"] for answer in answers):
         rows = {}
-        for (a, b), found in verdicts([answer for answer in answers if answer["model"] == model]).items():
-            score = found["score"]
+        for (a, b), verdict in verdicts([answer for answer in answers if answer["model"] == model]).items():
+            score = verdict["score"]
             rate = Cell(float(score.mean()), interval(score)) if len(score) else Cell()
             counts = [Cell(int((score == value).sum())) for value in (1, 0.5, 0)]
-            others = [Cell(int(found[name].sum())) for name in ("contradiction", "unanswered")]
+            others = [Cell(int(verdict[name].sum())) for name in ("contradiction", "unanswered")]
             rows[f"{a} against {b}"] = [rate, *counts, *others]
         columns = ["Win rate, ties as half", "Wins", "Ties", "Losses", "Ties by contradiction", "Without an answer"]
         tables.append(Table(f"Preferred by {model}, in both orders", columns, rows))
