@@ -38,7 +38,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pixeldecoder.evaluation.metrics import SqueezeNetDistance
+from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
 from pixeldecoder.files import to_tensor
 from pixeldecoder.flow import STUDENT_TIMES, noised
 from pixeldecoder.models.adapter import LatentFeatures

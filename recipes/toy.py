@@ -19,7 +19,7 @@ import tyro
 from diffusers import FlowMatchLCMScheduler
 from PIL import Image
 
-from pixeldecoder.evaluation.metrics import SqueezeNetDistance
+from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
 from pixeldecoder.files import to_tensor
 from pixeldecoder.flow import SampleRandom, add_noise
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel

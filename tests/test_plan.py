@@ -31,7 +31,7 @@ import json, sys
 import torch
 import pixeldecoder.pipeline
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.evaluation.benchmark import peak_resident
+from pixeldecoder.benchmark import peak_resident
 from pixeldecoder.plan import plan
 planned = []
 pixeldecoder.pipeline.plan = lambda *a, **k: planned.append(plan(*a, **k)) or planned[0]

@@ -704,7 +704,7 @@ class Benchmark:
         check_decoder_name(self.decoder)
         files.check_writable(self.output / "benchmark.json")
 
-        from pixeldecoder.evaluation.benchmark import benchmark, plot, startup
+        from pixeldecoder.benchmark import benchmark, plot, startup
 
         if self.startup:
             for command, seconds in startup(self.repeats).items():
@@ -784,7 +784,7 @@ class Evaluate(TextEncoder, Execution):
         extra = json_object(self.pipeline_args)
 
         from pixeldecoder.evaluation.report import write_report
-        from pixeldecoder.evaluation.run import Study
+        from pixeldecoder.evaluation.study import Study
 
         device = torch_device(self.device)
         dtype = self.torch_dtype(device)

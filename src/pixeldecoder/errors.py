@@ -1,5 +1,6 @@
 """An error in; out comes one line on what a user can do about it."""
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,20 @@ def explain(error: Exception, command: str) -> str | None:
     if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
         return text
     return None
+
+
+def require(user: str, extra: str, *modules: str) -> None:
+    """See, before any work is done, that modules of an optional dependency are there.
+
+    Args:
+        user: who needs them, as the message names it.
+        extra: of `EXTRAS`.
+
+    Raises:
+        ValueError: some are missing; the message says how to install them.
+    """
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        raise ValueError(f"{user} needs {' and '.join(missing)}: pip install 'pixeldecoder[{extra}]'")
 
 
 @contextmanager

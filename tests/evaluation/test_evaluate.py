@@ -39,11 +39,13 @@ from families import build, clip, tokenizer
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
 from pixeldecoder.convert import export_reference_state_dict, folder_to_reference
-from pixeldecoder.evaluation import methods, run
+from pixeldecoder.evaluation import methods, study
 from pixeldecoder.evaluation.judge import _uri, verdicts
-from pixeldecoder.evaluation.methods import Case, Facts, Making, Setting, read_facts
+from pixeldecoder.evaluation.methods import Case, Facts, Setting, Workspace, read_facts
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics
-from pixeldecoder.evaluation.report import interval, write_report
+from pixeldecoder.evaluation.report import write_report
+from pixeldecoder.evaluation.results import image_path
+from pixeldecoder.evaluation.tables import interval
 from pixeldecoder.pictures import Shards
 from pixeldecoder.presets import PRESETS, Preset
 from pixeldecoder.sampler import teacher_scheduler
@@ -133,7 +135,7 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, output)
     before = table(output)
     made = []
-    monkeypatch.setattr(run, "decoder_run", lambda *args: made.append(args))
+    monkeypatch.setattr(study, "decoder_method", lambda *args: made.append(args))
     for steps in ((), ("--metrics", "psnr", "border")):
         assert evaluate(parts, output, *common(parts), "--steps", 1, 2, "--as-if-clean", *steps) == 0
     assert not made
@@ -161,10 +163,10 @@ def test_more_of_it_is_added(parts, finished, tmp_path, monkeypatch, capsys):
     assert evaluate(parts, output, *arguments, "--vae", "another") == 2
     assert f"with vae {parts / 'vae'}, not another" in capsys.readouterr().err.splitlines()[-1]
     # More metrics of images that are there; and what an interrupted run left, whose settings no table had yet, stays.
-    study = json.loads((output / "study.json").read_text())
-    study["settings"] = [setting for setting in study["settings"] if setting["method"] != "lanczos"]
-    (output / "study.json").write_text(json.dumps(study))
-    monkeypatch.setattr(run, "decoder_run", lambda *args: made.append(args))
+    content = json.loads((output / "study.json").read_text())
+    content["settings"] = [setting for setting in content["settings"] if setting["method"] != "lanczos"]
+    (output / "study.json").write_text(json.dumps(content))
+    monkeypatch.setattr(study, "decoder_method", lambda *args: made.append(args))
     assert evaluate(parts, output, *arguments[:2], "--baselines", "bicubic", "--limit", 2, "--steps", 3) == 0
     assert not made
     filled = [row for row in table(output) if row["steps"] == "3"]
@@ -199,9 +201,9 @@ def test_best_is_told_of_equal_images_alone(parts, tmp_path):
 
 def test_noise_is_a_matter_of_picture_and_seed(tmp_path):
     def made(name, seed):
-        making, case = Making(tmp_path, False, seed, 4, "cpu"), Case(name, "")
-        noise = making.noised(torch.zeros(1, 4, 8, 8), case, 1.0, "flow")
-        return torch.stack([noise, torch.randn(1, 4, 8, 8, generator=making.generator(case))])
+        workspace, case = Workspace(tmp_path, False, seed, 4, "cpu"), Case(name, "")
+        noise = workspace.noised(torch.zeros(1, 4, 8, 8), case, 1.0, "flow")
+        return torch.stack([noise, torch.randn(1, 4, 8, 8, generator=workspace.generator(case))])
 
     one = made("a.png", 0)
     assert torch.equal(made("a.png", 0), one) and one.std() == pytest.approx(1, abs=0.1)
@@ -667,8 +669,6 @@ def test_prompts(parts, tmp_path):
     assert len(list((output / "latents").glob("*.safetensors"))) == 4
     for row in rows:
         setting = Setting(row["method"], int(row["steps"]) if row["steps"] else None, stop=row["stop"] or None)
-        from pixeldecoder.evaluation.run import image_path
-
         assert Image.open(image_path(output, setting, row["file"])).size == (256, 256)
     assert "psnr: skipped: for pictures alone" in (output / "report.md").read_text()
     latents = {path: path.read_bytes() for path in sorted((output / "latents").iterdir())}
@@ -698,7 +698,7 @@ def test_a_baseline_of_another_scale(tmp_path, monkeypatch):
     photo(0, (16, 16)).save(tmp_path / "boat.png")
     monkeypatch.setattr(methods, "latents_path", lambda *args: tmp_path / "boat.png")
     for scale in (4, 2):
-        make = methods.baseline_run("upscale:x", None, "flow", Making(tmp_path, True, 0, scale, "cpu"))
+        make = methods.baseline_method("upscale:x", None, "flow", Workspace(tmp_path, True, 0, scale, "cpu"))
         if scale == 4:
             assert make(case, Setting("upscale:x"))[0].shape == (1, 3, 64, 64)
         else:

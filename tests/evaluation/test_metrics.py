@@ -13,19 +13,9 @@ from skimage import metrics as reference
 from torch import nn
 
 from families import SqueezeNet
-from pixeldecoder.evaluation.metrics import (
-    LPIPS,
-    METRICS,
-    SqueezeNetDistance,
-    border,
-    ciede2000,
-    find_metrics,
-    load_metrics,
-    measure,
-    spectral_error,
-    texture,
-    texture_map,
-)
+from pixeldecoder.evaluation.metrics import METRICS, find_metrics, load_metrics, measure
+from pixeldecoder.evaluation.perceptual import LPIPS, SqueezeNetDistance
+from pixeldecoder.evaluation.pixels import border, ciede2000, spectral_error, texture, texture_map
 from pixeldecoder.files import to_tensor
 from pixeldecoder.pictures import psnr
 from pixeldecoder.presets import NANO

@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 from conftest import tiny_pipeline
 from pixeldecoder.cli import main
-from pixeldecoder.evaluation import report
+from pixeldecoder.evaluation import figures, report
 from pixeldecoder.evaluation.methods import Setting
 from pixeldecoder.evaluation.metrics import METRICS
 
@@ -138,7 +138,7 @@ def test_a_prompt_opens_on_its_method_against_another(tmp_path):
     """Without a truth, the first method would be compared with itself."""
     picture = Image.new("RGB", (32, 32))
     for main_label, left in (("a", "b"), ("b", "a")):
-        case = report.Shown("worst of it", {"a": picture, "b": picture}, main_label)
+        case = figures.CropComparison("worst of it", {"a": picture, "b": picture}, main_label)
         context = {"title": "", "summary": "", "tables": [], "cases": [case], "notes": []}
         report._write(tmp_path / "page.html", context)
         with opened(tmp_path / "page.html") as page:
@@ -147,13 +147,13 @@ def test_a_prompt_opens_on_its_method_against_another(tmp_path):
 
 
 def drawn(monkeypatch, rows, names) -> Figure:
-    figures = []
+    drawn = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or save(self, *args, **kwargs)
+        Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self) or save(self, *args, **kwargs)
     )
-    assert report._plots(rows, [METRICS[name] for name in names]).startswith("<svg")
-    return figures[0]
+    assert figures.plot_scores(rows, [METRICS[name] for name in names]).startswith("<svg")
+    return drawn[0]
 
 
 def test_plots(monkeypatch, recwarn):
@@ -201,7 +201,7 @@ def test_many_methods_have_many_colours(monkeypatch):
 
 
 def test_markers_tell_the_curves_of_a_method_apart():
-    assert len(set(report.MARKERS)) == len(report.MARKERS)
+    assert len(set(figures.MARKERS)) == len(figures.MARKERS)
 
 
 def test_shown_pictures(pictures, tmp_path):
@@ -209,17 +209,17 @@ def test_shown_pictures(pictures, tmp_path):
     import torch
 
     error = torch.zeros(1, 1, 700, 900)
-    assert report._worst_place(error) == (290, 190, 610, 510)
+    assert figures._worst_place(error) == (290, 190, 610, 510)
     error[..., 650, 20] = 1
-    left, top, right, bottom = report._worst_place(error)
+    left, top, right, bottom = figures._worst_place(error)
     assert left <= 20 < right and top <= 650 < bottom and (right - left, bottom - top) == (320, 320)
-    assert report._worst_place(error[..., :100, :50]) == (0, 0, 50, 100)
+    assert figures._worst_place(error[..., :100, :50]) == (0, 0, 50, 100)
     truth = torch.zeros(1, 3, 64, 128)
     image = truth.clone()
     image[..., ::2, :32] += 0.2  # invented in the left cells
-    seen = np.array(report._texture_picture(image, truth)).astype(int)
+    seen = np.array(figures.texture_picture(image, truth)).astype(int)
     assert (seen[:, :32, 0] > seen[:, :32, 2] + 50).all() and (seen[:, 64:] == seen[:1, 64:65]).all()
-    lost = np.array(report._texture_picture(truth, image)).astype(int)
+    lost = np.array(figures.texture_picture(truth, image)).astype(int)
     assert (lost[:, :32, 2] > lost[:, :32, 0] + 50).all()
 
 

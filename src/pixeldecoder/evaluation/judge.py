@@ -14,8 +14,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixeldecoder.evaluation import need
-from pixeldecoder.evaluation.run import append_line, image_path, read_finished, read_lines, read_rows, study_settings
+from pixeldecoder.errors import require
+from pixeldecoder.evaluation.results import (
+    append_line,
+    image_path,
+    read_finished,
+    read_lines,
+    read_rows,
+    study_settings,
+)
 from pixeldecoder.files import load_image
 
 QUESTION = (
@@ -46,7 +53,7 @@ def judge(
         ValueError: no evaluation there, no such settings, the server does not answer, or a package of the `evaluate`
             extra is missing.
     """
-    need("judge", "jinja2", "matplotlib")  # of the report that follows
+    require("judge", "evaluate", "jinja2", "matplotlib")  # of the report that follows
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"--url {url}: expected http:// or https://, up to /v1")
     study = read_finished(output)
@@ -67,14 +74,14 @@ def judge(
         raise ValueError(f"{output}: no image is there of all of {', '.join(names)}: evaluate them on the same ones")
     prompts = study["identity"]["source"].endswith(".txt")
     path = output / "judge.jsonl"
-    known = {_key(answer): answer for answer in read_lines(path) if is_answer(answer)}
+    answers = {_key(answer): answer for answer in read_lines(path) if is_answer(answer)}
     questions = [
         {"image": image, "first": a, "second": b, "model": model}
         for image in images
         for pair in combinations(names, 2)
         for a, b in (pair, pair[::-1])
     ]
-    for question in tqdm([q for q in questions if _key(q) not in known], desc="judging"):
+    for question in tqdm([q for q in questions if _key(q) not in answers], desc="judging"):
         prompt = f', made for the prompt "{question["image"]}"' if prompts else ""
         content: list[dict[str, Any]] = [{"type": "text", "text": QUESTION.format(prompt=prompt)}]
         for order in ("first", "second"):
@@ -94,9 +101,9 @@ def judge(
             ) from None
         words = re.findall(r"\b(first|second|tie)\b", text.lower())
         # The last word, as models that think aloud end with their answer.
-        known[_key(question)] = question | {"answer": words[-1] if words else None, "text": text}
-        append_line(path, known[_key(question)])
-    return [known[_key(question)] for question in questions]
+        answers[_key(question)] = question | {"answer": words[-1] if words else None, "text": text}
+        append_line(path, answers[_key(question)])
+    return [answers[_key(question)] for question in questions]
 
 
 def _ask(url: str, model: str, key: str, content: list[dict[str, Any]]) -> str:
@@ -114,20 +121,20 @@ def verdicts(answers: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, n
     `unanswered`, for every image, whether one of its two answers is missing or says nothing."""
     asked = {_key(answer): answer["answer"] for answer in answers}
     points = {"first": 1.0, "second": 0.0, "tie": 0.5}
-    found: dict[tuple[str, str], dict[str, list[Any]]] = {}
+    pairs: dict[tuple[str, str], dict[str, list[Any]]] = {}
     for model, image, a, b in asked:
-        if (b, a) in found and (model, image, b, a) in asked:
+        if (b, a) in pairs and (model, image, b, a) in asked:
             continue  # counted with that one
-        pair = (b, a) if (b, a) in found else (a, b)
+        pair = (b, a) if (b, a) in pairs else (a, b)
         one, two = (asked.get((model, image, *order)) for order in (pair, pair[::-1]))
-        lists = found.setdefault(pair, {"score": [], "contradiction": [], "unanswered": []})
+        lists = pairs.setdefault(pair, {"score": [], "contradiction": [], "unanswered": []})
         lists["unanswered"].append(one is None or two is None)
         if one is not None and two is not None:
             first, second = points[one], 1 - points[two]
             # A preference in one order and a tie in the other is half a one: a tie as well.
             lists["score"].append(first if first == second else 0.5)
             lists["contradiction"].append(abs(first - second) == 1)
-    return {pair: {name: np.array(values) for name, values in lists.items()} for pair, lists in found.items()}
+    return {pair: {name: np.array(values) for name, values in lists.items()} for pair, lists in pairs.items()}
 
 
 def is_answer(content: dict[str, Any]) -> bool:

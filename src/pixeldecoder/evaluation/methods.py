@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file
 
 from pixeldecoder.convert import read_reference
+from pixeldecoder.errors import require
 from pixeldecoder.files import load_image, to_image, to_tensor
 from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
 from pixeldecoder.latents import SPACES, decode, encode
@@ -79,11 +80,11 @@ class Case:
         return f"{slug(name)[-60:]}-{self.number:08x}"
 
 
-Run = Callable[[Case, Setting], tuple[torch.Tensor, float]]
+Method = Callable[[Case, Setting], tuple[torch.Tensor, float]]
 """An image (1, 3, H, W) in [-1, 1], and the seconds that it took from the latents on."""
 
 
-class Making(NamedTuple):
+class Workspace(NamedTuple):
     """What every method's images depend on."""
 
     output: Path
@@ -101,26 +102,28 @@ class Making(NamedTuple):
         return torch.Generator().manual_seed(self.seed + case.number)
 
 
-def decoder_run(pipeline: PixelDecoderPipeline, encoder: Any, call_kwargs: dict[str, Any], making: Making) -> Run:
+def decoder_method(
+    pipeline: PixelDecoderPipeline, encoder: Any, call_kwargs: dict[str, Any], workspace: Workspace
+) -> Method:
     """`encoder`: makes the latents of pictures, `None`: the decoder's own."""
     pipeline.set_progress_bar_config(disable=True)
     frame = frame_of(pipeline.config.latent_space)
 
     def run(case: Case, setting: Setting) -> tuple[torch.Tensor, float]:
-        if making.prompts:
-            stored = load_file(latents_path(making.output, case, setting.stop))
+        if workspace.prompts:
+            stored = load_file(latents_path(workspace.output, case, setting.stop))
             latents, sigma = stored["latents"], stored["sigma"].item()
         else:
             assert case.small is not None and setting.sigma is not None
             sigma = setting.sigma
-            latents = making.noised(pipeline.encode_image(case.small, encoder), case, sigma, frame)
+            latents = workspace.noised(pipeline.encode_image(case.small, encoder), case, sigma, frame)
         result, seconds = _timed(
             lambda: pipeline(
                 latents,
                 prompt=case.caption,
                 sigma=sigma if setting.told is None else setting.told,
                 num_inference_steps=setting.steps,
-                generator=making.generator(case),
+                generator=workspace.generator(case),
                 output_type="pt",
                 **call_kwargs,
             )
@@ -130,7 +133,7 @@ def decoder_run(pipeline: PixelDecoderPipeline, encoder: Any, call_kwargs: dict[
     return run
 
 
-def baseline_run(name: str, vae: torch.nn.Module | None, frame: Frame, making: Making) -> Run:
+def baseline_method(name: str, vae: torch.nn.Module | None, frame: Frame, workspace: Workspace) -> Method:
     """`vae`: what makes and decodes latents of pictures, noised in this frame.
 
     Raises:
@@ -138,30 +141,30 @@ def baseline_run(name: str, vae: torch.nn.Module | None, frame: Frame, making: M
     """
     kind, _, model = name.partition(":")
     if kind in ("bicubic", "lanczos"):
-        return lambda case, setting: _timed(lambda: _enlarge(case.small, making.scale, kind))
+        return lambda case, setting: _timed(lambda: _enlarge(case.small, workspace.scale, kind))
     upscaler: Callable[[torch.Tensor, Case], torch.Tensor] | None = None
     if kind == "upscale":
-        upscaler = _upscale_pipeline(model, making)
+        upscaler = _upscale_pipeline(model, workspace)
     elif kind == "spandrel":
-        upscaler = _spandrel(model, making.device)
+        upscaler = _spandrel(model, workspace.device)
 
     def larger(image: torch.Tensor, case: Case) -> torch.Tensor:
         if upscaler is None:
-            return _enlarge(image, making.scale, "bicubic")
+            return _enlarge(image, workspace.scale, "bicubic")
         large = upscaler(image, case)
-        if large.shape[-1] != image.shape[-1] * making.scale:
+        if large.shape[-1] != image.shape[-1] * workspace.scale:
             raise ValueError(
                 f"baseline {name} makes images {large.shape[-1] / image.shape[-1]:g} times larger, the others "
-                f"{making.scale} times: they do not fit in one table"
+                f"{workspace.scale} times: they do not fit in one table"
             )
         return large
 
     def run(case: Case, setting: Setting) -> tuple[torch.Tensor, float]:
-        if making.prompts:
-            own = to_tensor(load_image(latents_path(making.output, case))).to(making.device)
+        if workspace.prompts:
+            own = to_tensor(load_image(latents_path(workspace.output, case))).to(workspace.device)
             return _timed(lambda: larger(own, case))
         assert vae is not None and case.small is not None and setting.sigma is not None
-        latents = making.noised(encode(vae, case.small), case, setting.sigma, frame)
+        latents = workspace.noised(encode(vae, case.small), case, setting.sigma, frame)
         return _timed(lambda: larger(decode(vae, latents).float(), case))
 
     return run
@@ -239,10 +242,8 @@ def _enlarge(small: torch.Tensor | None, scale: int, kind: str) -> torch.Tensor:
     return to_tensor(image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS))
 
 
-def _upscale_pipeline(name: str, making: Making) -> Callable[[torch.Tensor, Case], torch.Tensor]:
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(name).to(making.device)
+def _upscale_pipeline(name: str, workspace: Workspace) -> Callable[[torch.Tensor, Case], torch.Tensor]:
+    pipe = DiffusionPipeline.from_pretrained(name).to(workspace.device)
     pipe.set_progress_bar_config(disable=True)
     takes = inspect.signature(pipe.__call__).parameters
     if "image" not in takes:
@@ -250,16 +251,15 @@ def _upscale_pipeline(name: str, making: Making) -> Callable[[torch.Tensor, Case
 
     def larger(image: torch.Tensor, case: Case) -> torch.Tensor:
         text = {"prompt": case.caption} if "prompt" in takes else {}
-        return to_tensor(pipe(image=to_image(image), generator=making.generator(case), **text).images[0])
+        return to_tensor(pipe(image=to_image(image), generator=workspace.generator(case), **text).images[0])
 
     return larger
 
 
 def _spandrel(name: str, device: str) -> Callable[[torch.Tensor, Case], torch.Tensor]:
-    try:
-        from spandrel import ImageModelDescriptor, ModelLoader
-    except ImportError:
-        raise ValueError("baseline spandrel: needs spandrel: pip install 'pixeldecoder[iqa]'") from None
+    require("baseline spandrel", "iqa", "spandrel")
+    from spandrel import ImageModelDescriptor, ModelLoader
+
     if not Path(name).is_file():
         raise ValueError(f"baseline spandrel:{name}: no such file")
     try:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from pixeldecoder import benchmark
+from pixeldecoder.benchmark import _baseline_maker, check_configuration
+from pixeldecoder.charts import scale_log
 from pixeldecoder.cli import main
-from pixeldecoder.evaluation import benchmark, scale_log
-from pixeldecoder.evaluation.benchmark import _baseline_run, check_configuration
 
 
 def test_benchmark(tmp_path, capsys):
@@ -51,7 +52,7 @@ def test_configurations():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vae", "upscaler"])
 def test_baselines(name):
-    image = _baseline_run({"device": "cpu", "size": 256}, name)()
+    image = _baseline_maker({"device": "cpu", "size": 256}, name)()
     assert image.shape == (1, 3, 256, 256) and image.min() >= 0 and image.max() <= 1
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchLCMScheduler
 
-from pixeldecoder.evaluation import scale_log
+from pixeldecoder.charts import scale_log
 from pixeldecoder.files import write_whole
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.performance import Quantization, compile_blocks, quantize, set_attention
@@ -29,7 +29,7 @@ from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.plan import Limits, count_flops, measure_rates, plan
 from pixeldecoder.presets import PRESETS
 
-Run = Callable[[], torch.Tensor]
+MakeImage = Callable[[], torch.Tensor]
 """Makes one image (1, 3, H, W) in [0, 1]."""
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED: tuple[Quantization, ...] = ("int8", "float8", "float8-storage")
@@ -46,10 +46,10 @@ def check_configuration(text: str) -> list[str]:
     """
     parts = text.split("+")
     for part in parts:
-        known = (*DTYPES, *QUANTIZED, *LAYOUTS, *BASELINES, "compile")
-        if part not in known and ":" not in part and not part.startswith(("tile=", "chunk=", "attention=")):
+        expected = (*DTYPES, *QUANTIZED, *LAYOUTS, *BASELINES, "compile")
+        if part not in expected and ":" not in part and not part.startswith(("tile=", "chunk=", "attention=")):
             raise ValueError(
-                f"configuration {text}: {part!r} is unknown: expected parts of {', '.join(known)}, tile=PIXELS, "
+                f"configuration {text}: {part!r} is unknown: expected parts of {', '.join(expected)}, tile=PIXELS, "
                 "chunk=PATCHES, attention=NAME or module:function, joined by +"
             )
     return parts
@@ -138,7 +138,7 @@ class _Worker:
 
     def __init__(self, task: dict[str, Any]):
         self.name = task["configuration"]
-        command = [sys.executable, "-m", "pixeldecoder.evaluation.benchmark", json.dumps(task)]
+        command = [sys.executable, "-m", "pixeldecoder.benchmark", json.dumps(task)]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
@@ -242,7 +242,7 @@ def _pipeline(task: dict[str, Any], parts: list[str]) -> PixelDecoderPipeline:
     return pipeline
 
 
-def _decoder_run(task: dict[str, Any], parts: list[str]) -> tuple[Run, dict[str, float]]:
+def _decoder_maker(task: dict[str, Any], parts: list[str]) -> tuple[MakeImage, dict[str, float]]:
     pipeline, size = _pipeline(task, parts), task["size"]
     model = pipeline.transformer
     config, device = model.config, model.device
@@ -292,7 +292,7 @@ def _decoder_run(task: dict[str, Any], parts: list[str]) -> tuple[Run, dict[str,
     }
 
 
-def _baseline_run(task: dict[str, Any], name: str) -> Run:
+def _baseline_maker(task: dict[str, Any], name: str) -> MakeImage:
     """What decoding by others takes; speed does not depend on the weights' values."""
     from diffusers import (
         AutoencoderKL,
@@ -352,7 +352,7 @@ def _serve(task: dict[str, Any]) -> None:
     """A worker's life: warm up, run when asked, report."""
     parts = check_configuration(task["configuration"])
     baseline = next((part for part in parts if part in BASELINES), None)
-    run, facts = (_baseline_run(task, baseline), {}) if baseline else _decoder_run(task, parts)
+    run, facts = (_baseline_maker(task, baseline), {}) if baseline else _decoder_maker(task, parts)
     on_gpu = task["device"] == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,6 @@ was interrupted goes on, any number of processes share the work, and more metric
 
 import csv
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,26 +17,33 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import pixeldecoder
-from pixeldecoder.evaluation import need
+from pixeldecoder.errors import require
 from pixeldecoder.evaluation.methods import (
     BASELINES,
     Case,
-    Making,
-    Run,
+    Method,
     Setting,
-    baseline_run,
-    decoder_run,
+    Workspace,
+    baseline_method,
+    decoder_method,
     latents_path,
     read_facts,
     slug,
 )
-from pixeldecoder.evaluation.metrics import METRICS, WAYS, find_metrics, load_metrics, measure
+from pixeldecoder.evaluation.metrics import METRICS, find_metrics, load_metrics, measure
+from pixeldecoder.evaluation.results import (
+    append_line,
+    image_path,
+    is_whole,
+    read_rows,
+    read_study,
+    study_settings,
+    write_json,
+)
 from pixeldecoder.files import load_image, save_image, to_image, to_tensor, write_whole
 from pixeldecoder.flow import Frame
 from pixeldecoder.latents import load_autoencoder
@@ -109,7 +115,7 @@ class Study:
                 the `evaluate` extra that is missing.
         """
         shards = ("braceexpand", "webdataset") if self.source.endswith(".tar") else ()
-        need("evaluate", "jinja2", "matplotlib", "torchmetrics", *shards)
+        require("evaluate", "evaluate", "jinja2", "matplotlib", "torchmetrics", *shards)
         self.state = PartialState(cpu=self.device == "cpu")
         known = find_metrics(self.metrics, self.weights)
         methods = self._methods()
@@ -146,13 +152,13 @@ class Study:
 
     # What there is to do, and on what.
 
-    def _methods(self) -> list[tuple[list[Setting], Callable[[], Run]]]:
+    def _methods(self) -> list[tuple[list[Setting], Callable[[], Method]]]:
         """Settings, with what loads their method when its turn comes, so that one at a time is in memory."""
         if not self.decoders and not self.baselines:
             raise ValueError("nothing to evaluate: give a decoder or a baseline")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit {self.limit}: expected at least 1")
-        found: list[tuple[list[Setting], Callable[[], Run]]] = []
+        found: list[tuple[list[Setting], Callable[[], Method]]] = []
         scales, frames = {}, []
         stops, sigmas = dict.fromkeys(self.stops), dict.fromkeys(self.sigmas)  # each once, in order
         for name, load in self.decoders.items():
@@ -281,20 +287,22 @@ class Study:
 
     # What is done, and what is written of it.
 
-    def _load_decoder(self, load: Callable[[], PixelDecoderPipeline]) -> Run:
+    def _load_decoder(self, load: Callable[[], PixelDecoderPipeline]) -> Method:
         pipeline = load()
-        return decoder_run(pipeline, None if self.prompts else self.encoder(pipeline), self.call_kwargs, self._making())
+        return decoder_method(
+            pipeline, None if self.prompts else self.encoder(pipeline), self.call_kwargs, self._making()
+        )
 
-    def _load_baseline(self, name: str, frames: list[Frame]) -> Run:
+    def _load_baseline(self, name: str, frames: list[Frame]) -> Method:
         vae = (
             None
             if self.vae is None or name in ("bicubic", "lanczos")
             else load_autoencoder(self.vae).to(self.device).eval()
         )
-        return baseline_run(name, vae, frames[0] if frames else "flow", self._making())
+        return baseline_method(name, vae, frames[0] if frames else "flow", self._making())
 
-    def _making(self) -> Making:
-        return Making(self.output, self.prompts, self.seed, self.scale, self.device)
+    def _making(self) -> Workspace:
+        return Workspace(self.output, self.prompts, self.seed, self.scale, self.device)
 
     def _generate(self) -> None:
         """Latents for every stop, in full runs for those that are not there."""
@@ -343,8 +351,10 @@ class Study:
     def _truth_path(self, case: Case) -> Path:
         return image_path(self.output, "truth", case.file)
 
-    def _run_method(self, settings: list[Setting], load: Callable[[], Run], scores: dict[str, Any], bar: tqdm) -> None:
-        run: Run | None = None
+    def _run_method(
+        self, settings: list[Setting], load: Callable[[], Method], scores: dict[str, Any], bar: tqdm
+    ) -> None:
+        run: Method | None = None
         for case in self._mine():
             opened = None
             for setting in settings:
@@ -442,126 +452,6 @@ class Study:
             skipped[name] = str(error).splitlines()[0][:200]
             print(f"skipped {name}: {skipped[name]}")
         return values
-
-
-def image_path(output: Path, setting: Setting | str, file: str) -> Path:
-    return output / "images" / slug(str(setting)) / f"{file}.png"
-
-
-def is_whole(path: Path) -> bool:
-    """Whether what an earlier run wrote, a picture or latents, is there and undamaged."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):  # its header tells how long it must be
-                return True
-        with Image.open(path) as image:
-            image.verify()
-            return True
-    except Exception:  # whatever damage makes of a file
-        return False
-
-
-def read_study(output: Path) -> dict[str, Any] | None:
-    """What an evaluation keeps in a folder beside images and rows; `None` if there is none.
-
-    Raises:
-        ValueError: it is damaged; the message names the file.
-    """
-    path = output / "study.json"
-    try:
-        study = json.loads(path.read_bytes())
-        names = ("identity", "better", "sets", "set_images", "skipped", "unreadable")
-        kinds = {"settings": list} | dict.fromkeys(names, dict)
-        wrong = [name for name, kind in kinds.items() if not isinstance(study.get(name, kind()), kind)]
-        wrong += sorted({"source", "seed", "crop", "scale"} - study["identity"].keys())
-        wrong += [name for name, way in study.get("better", {}).items() if way not in WAYS]
-        wrong += [name for name, values in study.get("sets", {}).items() if not all(map(_is_number, values.values()))]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} missing or not as expected")
-        study_settings(study)
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{path}: not what an evaluation writes ({reason}): take another folder") from None
-    return study
-
-
-def read_finished(output: Path) -> dict[str, Any]:
-    """As `read_study`.
-
-    Raises:
-        ValueError: there is no finished evaluation.
-    """
-    study = read_study(output) or {}
-    if not (study.get("settings") and study.keys() >= {"better", "sets", "skipped", "unreadable", "made_by"}):
-        raise ValueError(f"{output}: expected the folder of a finished evaluation")
-    return study
-
-
-def study_settings(study: dict[str, Any]) -> list[Setting]:
-    return [_setting(content) for content in study.get("settings", ())]
-
-
-def read_rows(output: Path, unreadable: dict[str, str] | None = None) -> dict[tuple[Setting, str], dict[str, Any]]:
-    """What the processes wrote, by setting and picture; without what is damaged."""
-    rows: dict[tuple[Setting, str], dict[str, Any]] = {}
-    for path in sorted(output.glob("rows-*.jsonl")):
-        for row in read_lines(path):
-            if isinstance(name := row.get("unreadable"), str):
-                if unreadable is not None:
-                    unreadable[name] = str(row.get("reason"))
-                continue
-            try:
-                setting, name, file = _setting(row), row["image"], row["file"]
-                numbers = [row["seconds"], *(row[key] for key in row.keys() - _NO_METRICS)]
-                if file == Case(name, "").file and all(map(_is_number, numbers)):
-                    rows.setdefault((setting, name), {}).update(row)
-            except (KeyError, TypeError, AttributeError):
-                continue
-    return rows
-
-
-_NO_METRICS = {"image", "file", *Setting.__dataclass_fields__}
-
-
-def _setting(content: dict[str, Any]) -> Setting:
-    """Raises KeyError or TypeError for what is none."""
-    setting = Setting(**{name: content[name] for name in Setting.__dataclass_fields__})
-    numbers = isinstance(setting.steps, int | None) and _is_number(setting.sigma) and _is_number(setting.told)
-    if not (isinstance(setting.method, str) and isinstance(setting.stop, str | None) and numbers):
-        raise TypeError(f"no setting: {content}")
-    return setting
-
-
-def _is_number(value: Any) -> bool:
-    """Or nothing."""
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON objects, a line each; without what an interruption tore, or what is none."""
-    found = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
-
-
-def append_line(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(max(0, file.tell() - 1))
-        torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * torn + json.dumps(content).encode() + b"\n")
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1)))
 
 
 def _patches(metric: str, output: Path, setting: Setting | str, file: str) -> torch.Tensor:
