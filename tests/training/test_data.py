@@ -341,8 +341,11 @@ def test_every_region_counts_alike(tmp_path):
     assert batch.names.count("b/0.png") / 1000 == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 1000) ** 0.5)
 
 
-def test_a_crop_is_shrunk_until_it_just_covers():
-    record = Record("a", "", (120, 80), lambda: Image.linear_gradient("L").resize((120, 80)))
+@pytest.mark.parametrize("size, covering, corner", [((120, 80), (48, 32), (16, 0)), ((60, 150), (32, 80), (0, 48))])
+def test_a_crop_is_shrunk_until_it_just_covers(size, covering, corner):
+    """At the lower right, if the random numbers are the largest."""
+    record = Record("a", "", size, lambda: Image.radial_gradient("L").resize(size))
     found = crop(record, (32, 32), SimpleNamespace(randint=lambda low, high: high))
-    expected = record.open().convert("RGB").resize((48, 32), Image.Resampling.BICUBIC).crop((16, 0, 48, 32))
+    expected = record.open().convert("RGB").resize(covering, Image.Resampling.BICUBIC)
+    expected = expected.crop((*corner, corner[0] + 32, corner[1] + 32))
     assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
