@@ -78,6 +78,7 @@ def test_repa():
 
 def test_approximate_r1():
     assert losses.approximate_r1(torch.zeros(2, 3), torch.full((2, 3), 0.5)).item() == 0.25
+    assert losses.approximate_r1(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.5])).item() == 0.25  # nothing cancels
 
 
 def test_vsd_by_hand():
