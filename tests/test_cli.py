@@ -876,3 +876,80 @@ def test_a_prompt_encoder_that_is_nowhere_is_asked_for_once(monkeypatch):
     with pytest.raises(ValueError, match=r"some/gemma could not be loaded from https://huggingface.co \(no network\)"):
         text.PromptEncoder("some/gemma")(["a cat"])
     assert asked == ["some/gemma"]
+
+
+def test_passes_that_a_plan_counts(decoder, tmp_path, monkeypatch):
+    """One a step, two where the decoder is guided; of an image and its longest prompt."""
+    from pixeldecoder import plan
+
+    passes, planned, original = [], [], plan.plan
+    monkeypatch.setattr(plan, "measure_rates", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(plan, "estimate_seconds", lambda chosen, rates, count: passes.append(count) or 1.0)
+    monkeypatch.setattr(
+        plan, "plan", lambda *args, **kwargs: planned.append((args, kwargs)) or original(*args, **kwargs)
+    )
+    guided = tmp_path / "guided"
+    PixelDecoderPipeline(
+        tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0), default_guidance_scale=3.0, trained_size=96
+    ).save_pretrained(guided)
+    common = ["plan", "100", "60", "--device", "cpu", "--batch", "2"]
+    for name, *options in (decoder,), (decoder, "--steps", "3"), (guided,), (guided, "--steps", "1"), ("nano",):
+        assert main([*common, "--decoder", str(name), *options]) == 0
+    assert passes == [4, 3, 8, 2, 4]
+    assert [args[1:] for args, _ in planned] == [(64, 128, 2, length) for length in (0, 0, 12, 12, 0)]
+    assert [kwargs["trained_size"] for _, kwargs in planned] == [None, None, 96, 96, 512]
+
+
+def test_weights_that_take_turns(run, monkeypatch, capsys):
+    torch.save(LATENTS, "z.pt")
+    asked = []
+    assert run("decode", "z.pt", "whole.png", "--steps", "1", "--dtype", "float32") == 0
+    assert "take turns" not in capsys.readouterr().err
+    monkeypatch.setattr("pixeldecoder.plan.must_offload", lambda *args: asked.append(args[1:]) or True)
+    assert run("decode", "z.pt", "turns.png", "--steps", "1", "--dtype", "float32", "--max-memory", "6GB") == 0
+    assert asked == [(torch.device("cpu"), "6GB")]
+    assert "the weights take turns on the device: slower, but they fit\n" in capsys.readouterr().err
+    assert np.abs(pixels("turns.png").astype(int) - pixels("whole.png")).max() <= 1
+
+
+def test_where_an_encoder_comes_from(monkeypatch):
+    monkeypatch.setattr(cli, "load_encoder", lambda name, device: (name, device))
+
+    def encoder(name="auto", own=None, **config):
+        config = SimpleNamespace(**{"encoder_name": None, "latent_space": None} | config)
+        return cli.image_encoder(name, SimpleNamespace(encoder=own, config=config, device="there"))
+
+    assert encoder(own="its") is None and encoder("flux", own="its") == ("flux", "there")
+    assert encoder(encoder_name="some/name", latent_space="flux") == ("some/name", "there")
+    assert encoder(latent_space="flux2") == ("flux2", "there")
+    for config, message in (
+        ({}, "does not tell its latent space: give --encoder"),
+        ({"latent_space": "mine"}, "does not tell its latent space"),
+        ({"encoder_name": "os:system"}, "trained with the encoder os:system: give --encoder os:system"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoder(**config)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_embeddings_of_a_guided_decoder(guidance, tmp_path, monkeypatch):
+    """With a prompt's own it still needs those of the negative prompt."""
+    pipeline = PixelDecoderPipeline(
+        tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0), default_guidance_scale=guidance,
+        default_negative_prompt="blurry",
+    )  # fmt: skip
+    monkeypatch.setattr(
+        PixelDecoderPipeline, "encode_prompt", lambda self, *args: (torch.full((1, 12, 20), float(len(args[0]))), None)
+    )
+    path = tmp_path / "p.safetensors"
+    save_file({"prompt_embeds": torch.full((1, 5, 20), 3.0)}, path)
+    text = cli.FilesToImages(source=Path("a"), output=Path("b"), prompt_embeds=path)
+    found = text.text_kwargs(pipeline)
+    assert (found["prompt_embeds"] == 3).all() and found["prompt_embeds"].shape == (1, 5, 20)
+    assert ("negative_prompt_embeds" in found) == (guidance != 1)
+    if guidance != 1:
+        assert (found["negative_prompt_embeds"] == 6).all()
+    for shape in (5, 20), (2, 5, 20):
+        save_file({"prompt_embeds": torch.zeros(shape)}, path)
+        with pytest.raises(ValueError, match=r"expected \(1, T, 20\), got "):
+            text.text_kwargs(pipeline)

@@ -1,6 +1,7 @@
 """The command around its commands: what it says and returns when something is wrong, its help, its start."""
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 
 from pixeldecoder import __version__, cli
 from pixeldecoder.cli import main
-from pixeldecoder.errors import EXTRAS
+from pixeldecoder.errors import EXTRAS, blaming, explain
 from pixeldecoder.options import parse
 from pixeldecoder.plan import duration
 
@@ -170,6 +172,9 @@ def test_whatever_the_frame_is_drawn_with(encoding):
         ("decode z.pt a.png --steps 0", "--steps 0: expected at least 1"),
         ("decode z.pt a.png --sigma nan", "--sigma nan: expected a noise level in [0, 1]"),
         ("decode z.pt a.png --tile -5", '--tile -5: expected "auto", "none" or a side in pixels'),
+        ("decode z.pt a.png --chunk 0", "--chunk 0: expected a chunk size of at least 1 patch"),
+        ("decode z.pt a.png --sigma 1.01", "--sigma 1.01: expected a noise level in [0, 1]"),
+        ("decode z.pt a.png --sigma -0.01", "--sigma -0.01: expected a noise level in [0, 1]"),
         ("decode z.pt a.png --tile-overlap -1", "--tile-overlap -1: expected 0 pixels or more"),
         ("decode z.pt a.png --max-memory 0GB", '--max-memory 0GB: expected bytes, or a size such as "6GB"'),
         ("decode z.pt a.png --max-memory 6XB", '--max-memory 6XB: expected bytes, or a size such as "6GB"'),
@@ -187,6 +192,12 @@ def test_whatever_the_frame_is_drawn_with(encoding):
         ("generate cat a.png --model no/model --lora x", "--lora x: expected a folder or a Hub id (owner/name)"),
         ("generate cat a.png --model no/model --height 0", "--height 0: expected at least 1"),
         ("generate cat a.png --model no/model --latent-steps 0", "--latent-steps 0: expected at least 1"),
+        ("generate cat a.png --model no/model --width 0", "--width 0: expected at least 1"),
+        ("generate cat a.png --model no/model --images 2", "a.png: expected an image for one, for several a folder"),
+        (
+            "generate cat a.png --model no/model --save-prompt-embeds p.pt",
+            "p.pt: expected a file ending in .safetensors",
+        ),
         ("generate cat a.png --model no/model --images 0", "--images 0: expected at least 1"),
         ("generate cat a.png --model no/model --save-latents z", "z: expected a file ending in .safetensors"),
         ("generate cat a.png --model no/model --pipeline-args {", "--pipeline-args {: expected a JSON object"),
@@ -200,6 +211,11 @@ def test_whatever_the_frame_is_drawn_with(encoding):
         ("convert here there", "there: expected a file ending in .pth, .safetensors"),
         ("demo --decoder no/where", "the demo's latents are nano's"),
         ("demo --output text.png", "text.png is not a folder"),
+        ("benchmark --steps 0", "--steps 0: expected at least 1"),
+        ("evaluate here --scale 0", "--scale 0: expected at least 1"),
+        ("evaluate here --seed -1", "--seed -1: expected a whole number"),
+        ("convert here a.pt", "a.pt: expected a file ending in .pth, .safetensors"),
+        ("convert text.png here", "here exists: give a new folder"),
         ("benchmark --repeats 0", "--repeats 0: expected at least 1"),
         ("benchmark --max-memory x", "--max-memory x: expected bytes"),
         ("benchmark --decoder x", 'no decoder "x"'),
@@ -346,3 +362,192 @@ def test_options(capsys, monkeypatch):
 )  # fmt: skip
 def test_durations_that_people_read(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("size", ["6GB", "1.5GB", ".5gb", "512MiB", "900000", "10KB"])
+def test_sizes_of_memory(size):
+    cli.check_memory(size)
+
+
+@pytest.mark.parametrize("size", ["", "0", "0.0GB", "GB", "6 GB", "1.5", "-1GB", "6G", "6TB"])
+def test_what_is_no_size_of_memory(size):
+    with pytest.raises(ValueError, match="expected bytes"):
+        cli.check_memory(size)
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "strength"),
+    [
+        ("a", "a", 1.0), ("a:0.5", "a", 0.5), ("a:-2", "a", -2.0), ("a:b", "a:b", 1.0), ("C:a:0.5", "C:a", 0.5),
+        ("there:0.5", "there:0.5", 1.0), ("there:0.5:0.25", "there:0.5", 0.25), ("0.5", "0.5", 1.0),
+    ],
+)  # fmt: skip
+def test_a_lora_and_its_strength(given, path, strength):
+    Path("there:0.5").touch()
+    assert cli.lora_and_strength(given) == (path, strength)
+
+
+def test_the_file_of_a_lora():
+    """A file itself, a folder's only one, or the one of the usual name among several."""
+    for name in "one/x.safetensors", "many/a.safetensors", "many/pytorch_lora_weights.safetensors", "many/note.txt":
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert cli.lora_file("many/a.safetensors") == Path("many/a.safetensors")
+    assert cli.lora_file("one") == Path("one/x.safetensors")
+    assert cli.lora_file("many") == Path("many/pytorch_lora_weights.safetensors")
+
+
+def test_a_latent_model_that_takes_no_lora():
+    Path("x.safetensors").touch()
+    with pytest.raises(ValueError, match=r"--lora x.safetensors: object takes none"):
+        cli.load_latent_lora(object(), "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("there", "fastest"), [({"cuda", "mps"}, "cuda"), ({"cuda"}, "cuda"), ({"mps"}, "mps"), (set(), "cpu")]
+)
+def test_devices(there, fastest, monkeypatch):
+    """The fastest, or the one that is wanted, if there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    assert cli.torch_device("auto") == fastest and cli.torch_device("cpu") == "cpu"
+    for name in "cuda", "mps":
+        if name in there:
+            assert cli.torch_device(name) == name
+        else:
+            usable = ", ".join(device for device in ("cuda", "mps", "cpu") if device in {*there, "cpu"})
+            with pytest.raises(ValueError, match=f"^--text-device {name}: this machine has none; available: {usable}$"):
+                cli.torch_device(name, "--text-device")
+
+
+def test_types_of_weights(monkeypatch):
+    """By default bfloat16 where there are instructions for it; else what is asked for."""
+    for vectors, tiles, found in (
+        (False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda vectors=vectors: vectors)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        assert cli.Execution().torch_dtype("cpu") == found
+        assert cli.Execution().torch_dtype("cuda") == cli.Execution().torch_dtype("mps") == torch.bfloat16
+        for name in "float32", "bfloat16", "float16":
+            assert cli.Execution(dtype=name).torch_dtype("cpu") == getattr(torch, name)
+
+
+def test_layouts():
+    assert cli.Execution().layout_kwargs() == dict(
+        tile_size="auto", tile_overlap=None, chunk_size=None, max_memory=None
+    )
+    given = cli.Execution(tile="96", tile_overlap=8, chunk=5, max_memory="1000")
+    assert given.layout_kwargs() == dict(tile_size=96, tile_overlap=8, chunk_size=5, max_memory=1000)
+    given = cli.Execution(tile="none", max_memory="1.5GB")
+    assert given.layout_kwargs() == dict(tile_size=None, tile_overlap=None, chunk_size=None, max_memory="1.5GB")
+
+
+@pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, RuntimeError, TypeError])
+def test_what_is_blamed_on_a_folder(error):
+    expected = f"^here could not be read: {error.__name__}: .?why.?$"
+    with pytest.raises(ValueError, match=expected), blaming("here could not be read"):
+        raise error("why")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unable to allocate 3 GiB"), ZeroDivisionError("why"), OSError("why")])
+def test_what_is_not(error):
+    with pytest.raises(type(error)) as found, blaming("here could not be read"):
+        raise error
+    assert found.value is error
+
+
+def test_messages_that_go_on_and_on_are_cut():
+    long = "x" * 999
+    assert explain(MemoryError(long), "decode").endswith(f"({long[:200]})")
+    assert explain(torch._inductor.exc.InductorError(RuntimeError(long), ""), "decode").count("x") < 320
+    assert explain(OSError(long), "decode") == long and explain(ValueError(), "decode") == "ValueError"
+
+
+def test_libraries_are_told_to_be_silent(monkeypatch):
+    """Unless one has said otherwise; a progress bar shows what takes longer than two seconds."""
+    names = "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "TQDM_DELAY"
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    cli.be_quiet()
+    assert [os.environ[name] for name in names] == ["critical", "info", "2"]
+    for name in "accelerate", "bitsandbytes", "torchao", "torch.utils._pytree":
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+def test_the_command_leaves_logging_as_it_was(capsys):
+    before = list(logging.getLogger("pixeldecoder").handlers)
+    for args in ["--version"], ["none"]:
+        main(args)
+        assert logging.getLogger("pixeldecoder").handlers == before
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "settings"),
+    [
+        (["train", "teacher"], "Teacher", {"steps": 30_000, "seed": 3}),
+        (["train", "teacher", "--recipe", "nano"], "Teacher", {"batch_size": 32, "encoder": "nano"}),
+        (["train", "prior", "--config", "c.yaml"], "Prior", {"steps": 5, "repa_weight": 0.5}),
+        (["train", "teacher", "--config", "c.yaml", "--steps", "6", "--recipe", "nano"], "Teacher",
+         {"steps": 6, "batch_size": 32}),
+        (["distill", "--recipe=nano", "--config=c.yaml"], "Student", {"steps": 5, "ema_decay": 0.95}),
+    ],
+)  # fmt: skip
+def test_settings_of_training(args, kind, settings, monkeypatch, capsys):
+    """The recipe's, then the file's, then the command line's."""
+    found = []
+    monkeypatch.setattr("pixeldecoder.training.loop.train", lambda config: found.append(config) or "there")
+    Path("c.yaml").write_text("steps: 5")
+    assert main([*args, "--seed", "3"]) == 0 and capsys.readouterr().out == "there\n"
+    assert type(found[0]).__name__ == kind and settings.items() <= vars(found[0]).items() and found[0].seed == 3
+
+
+def test_a_benchmark_as_asked_for(monkeypatch, capsys):
+    from pixeldecoder.evaluation import benchmark
+
+    asked = []
+    monkeypatch.setattr(benchmark, "benchmark", lambda *args: asked.append(args) or {"rows": []})
+    monkeypatch.setattr(benchmark, "plot", lambda report, path: asked.append((report, path)))
+    options = ["--steps", "2", "--repeats", "5", "--max-memory", "2GB", "--sizes", "64", "96", "--device", "cpu"]
+    assert main(["benchmark", "--configs", "float32", "bfloat16", *options, "--output", "out"]) == 0
+    assert asked == [
+        (["float32", "bfloat16"], [64, 96], "nano", "cpu", 2, 5, "2GB"),
+        ({"rows": []}, Path("out/benchmark.png")),
+    ]
+    assert json.loads(Path("out/benchmark.json").read_text()) == {"rows": []}
+    assert capsys.readouterr().out == "out/benchmark.json\n"
+
+
+def test_an_evaluation_as_asked_for(monkeypatch, capsys):
+    from pixeldecoder.evaluation import report, run
+
+    given, written = {}, []
+
+    class Study:
+        def __init__(self, **kwargs):
+            given.update(kwargs)
+            self.state = SimpleNamespace(is_main_process=True)
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(run, "Study", Study)
+    monkeypatch.setattr(report, "write_report", written.append)
+    options = (
+        "--output out --baselines lanczos vae --steps 4 2 --sigmas 0 0.4 --as-if-clean --crop 64 --limit 3 --scale 2 "
+        "--vae v --stops 5 auto --metrics psnr --seed 9 --device cpu --dtype float32 --tile 64 --tile-overlap 8 "
+        '--chunk 3 --encoder nano --quantize int8 --pipeline-args {"a":1} --weights fid f.pt'
+    )
+    assert main(["evaluate", "photos", *options.split()]) == 0
+    expected = dict(
+        source="photos", output=Path("out"), baselines=("lanczos", "vae"), steps=(4, 2), sigmas=(0.0, 0.4), crop=64,
+        as_if_clean=True, limit=3, scale=2, vae="v", stops=("5", "auto"), metrics=("psnr",), seed=9, device="cpu",
+        weights={"fid": Path("f.pt")}, pipe=None, pipe_kwargs={"a": 1},
+        call_kwargs=dict(tile_size=64, tile_overlap=8, chunk_size=3, max_memory=None),
+        identity=dict(encoder="nano", model=None, tile="64", tile_overlap=8, quantize="int8", attention="auto",
+                      dtype="torch.float32"),
+    )  # fmt: skip
+    assert {name: given[name] for name in expected} == expected and list(given["decoders"]) == ["nano"]
+    assert written == [Path("out")] and capsys.readouterr().out == f"{Path('out/report.html')}\n"

@@ -144,6 +144,7 @@ def test_what_a_format_cannot_hold():
         ({"latents": torch.ones(2, 3, 4)}, None),
         ({"latents": torch.ones(2, 3, 4), "sigma": torch.tensor(0.25)}, [0.25]),
         ({"latents": torch.ones(2, 5, 3, 4), "sigma": torch.tensor([0.25, 0.5])}, [0.25, 0.5]),
+        ({"latents": torch.ones(2, 5, 3, 4), "sigma": torch.tensor(0.25)}, [0.25]),
     ],
 )
 def test_latents_with_their_sigma(tensors, sigma):
@@ -202,3 +203,31 @@ def test_pictures_and_tensors_are_the_same():
     nearly = files.to_tensor(ramp) + 0.4 / 127.5 * (1 - files.to_tensor(ramp).abs())  # to the nearest
     assert np.array_equal(files.to_image(nearly), ramp)
     assert np.array_equal(files.to_image(nearly - 0.8 / 127.5 * (1 - files.to_tensor(ramp).abs())), ramp)
+
+
+def test_values_out_of_range_are_cut():
+    image = torch.tensor([-7.0, 7.0, 0.0])[None, :, None, None].expand(2, 3, 1, 2)
+    assert np.array(files.to_image(image)).tolist() == [[[0, 255, 128]] * 2]
+
+
+def test_pictures_side_by_side():
+    left, right = Image.new("RGB", (3, 5), "red"), Image.new("RGB", (2, 7), "blue")
+    both = files.side_by_side(left, right)
+    assert both.size == (5, 7)
+    red, blue, nothing = (255, 0, 0), (0, 0, 255), (0, 0, 0)
+    assert [both.getpixel(at) for at in ((2, 4), (3, 0), (4, 6), (0, 6))] == [red, blue, blue, nothing]
+
+
+def test_whole_numbers_become_real_ones():
+    np.save("z.npy", np.ones((2, 3, 4), np.int64))
+    torch.save({"z": torch.ones(2, 3, 4, dtype=torch.float16)}, "z.pt")
+    for name in "z.npy", "z.pt":
+        assert files.load_latents(Path(name))[0].dtype == torch.float32
+
+
+def test_a_bar_is_for_several(monkeypatch):
+    shown = []
+    monkeypatch.setattr(files, "tqdm", lambda pairs, desc, disable: shown.append(not disable) or pairs)
+    for count in 1, 2:
+        assert list(files.progress([(Path("a"), Path("b"))] * count)) == [(Path("a"), Path("b"))] * count
+    assert shown == [False, True]

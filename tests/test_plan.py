@@ -16,6 +16,7 @@ from pixeldecoder.performance import set_attention
 from pixeldecoder.plan import (
     Limits,
     Plan,
+    _seconds,
     count_flops,
     default_chunk_size,
     estimate_seconds,
@@ -23,6 +24,7 @@ from pixeldecoder.plan import (
     memory_budget,
     must_offload,
     plan,
+    weight_bytes,
 )
 from pixeldecoder.tiling import Tiles
 
@@ -249,3 +251,80 @@ def test_operations_of_gates():
     """Two, from 2 x 32 channels: 32 values of a token, or one."""
     wide, narrow = (count_flops(tiny_model(**TINY | dict(per_channel_gate=wide)), 12)[0] for wide in (True, False))
     assert wide - narrow == 2 * 12 * 2 * 64 * 31
+
+
+def test_memory_of_accelerators(monkeypatch):
+    """What is free there, and what the allocator holds for nobody; of all 95 %, and what is held already."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40_000, 90_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3000)
+    assert memory_budget(torch.device("cuda")) == 3000 + 43_700
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 50_000)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 10_000)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 4000)
+    assert memory_budget(torch.device("mps")) == 4000 + 38_000
+
+
+def test_rates_are_of_the_operations_that_were_timed(monkeypatch):
+    """4 D columns of D values, two operations each; two products of tokens x tokens x D."""
+    monkeypatch.setattr("pixeldecoder.plan._seconds", lambda function, device: function() is None or 2.0)
+    dim = TINY_NANO["num_attention_heads"] * TINY_NANO["attention_head_dim"]
+    rates = measure_rates(tiny_model(**TINY_NANO), torch.device("cpu"), tokens=64)
+    assert rates == (2 * 64 * 4 * dim * dim / 2, 2 * 2 * 64 * 64 * dim / 2)
+
+
+def test_the_fastest_run_counts_but_for_the_first(monkeypatch):
+    clock, lengths = [0.0], iter([0.01, 0.3, 0.05, 0.2, 0.001])
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def function():
+        clock[0] += next(lengths)
+
+    assert _seconds(function, torch.device("cpu")) == pytest.approx(0.05) and next(lengths) == 0.2
+
+
+def test_a_plan_in_words():
+    plain = Plan(64, 96, Tiles(64, 96, (0,), (0,), 0), 16, 1_260_000_000, 0, 0)
+    assert str(plain) == "96 x 64 px, whole, 16 patches at a time, 1.3 GB of memory"
+    tiled = replace(plain, tiles=Tiles(32, 48, (0, 32), (0, 48), 0))
+    assert str(tiled) == "96 x 64 px, 4 tiles of 48 x 32 px, 16 patches at a time, 1.3 GB of memory"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tile_size": "big"}, "tile_size is 'big': expected a whole number of pixels"),
+        ({"tile_overlap": "auto"}, "tile_overlap is 'auto': expected a whole number of pixels"),
+        ({"chunk_size": 1.5}, "chunk_size is 1.5: expected a whole number of patches"),
+        ({"max_memory": 1}, "make a smaller image$"),
+        ({"max_memory": 1, "tile_size": 64}, "with 64 x 64 px tiles and .* make smaller tiles or a smaller image$"),
+        ({"max_memory": 1, "tile_size": None}, "with the whole image and 16 patches at a time"),
+        ({"max_memory": 1, "chunk_size": 300}, "and 300 patches at a time"),
+    ],
+)
+def test_plans_that_cannot_be(given, message):
+    with pytest.raises(ValueError, match=message):
+        plan(tiny_model(), 128, 128, tile_overlap=given.pop("tile_overlap", 0), **given)
+
+
+def test_chunks_are_tried_in_quarters(monkeypatch):
+    """Down to 16 patches, of each size of tiles, which halve."""
+    tried = []
+
+    def peak_memory(model, height, width, batch, text_tokens, tiles, chunk, *rest):
+        tried.append((tiles.height, chunk))
+        return 0 if tiles.height == 32 else 2
+
+    monkeypatch.setattr("pixeldecoder.plan.peak_memory", peak_memory)
+    monkeypatch.setattr("pixeldecoder.plan.CHUNK_BYTES", {"cpu": 4 * 256 * 8 * 4 * 300})
+    chosen = plan(tiny_model(), 128, 128, tile_overlap=0, max_memory=1)
+    assert tried == [(side, chunk) for side in (128, 64) for chunk in (300, 75, 18, 16)] + [(32, 300)]
+    assert (chosen.chunk_size, chosen.tiles.count) == (300, 16)
+    monkeypatch.setattr("pixeldecoder.plan.CHUNK_BYTES", {"cpu": 1})
+    assert default_chunk_size(tiny_model(), torch.device("cpu")) == 16
+
+
+def test_blocks_take_turns_beyond_half_of_the_memory():
+    model = released()
+    weights, cuda = weight_bytes(model), torch.device("cuda")
+    assert must_offload(model, cuda, 2 * weights - 2) and not must_offload(model, cuda, 2 * weights)

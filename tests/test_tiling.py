@@ -179,3 +179,23 @@ def test_no_seam_is_seen(decoded):
 def test_bad_layout(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipeline()(torch.randn(1, 16, 3, 3), **kwargs)
+
+
+def test_smallest_tiles_and_largest_overlaps():
+    """Two patches; one pixel less than the tile, of which the last patch is a new one."""
+    assert cut(64, 64, 16, 15, 8).tops == (0, 8, 16, 24, 32, 40, 48)
+    for tile, overlap, message in (15, 0, "expected at least 16 pixels"), (16, 16, "less than the tile size, 16"):
+        with pytest.raises(ValueError, match=message):
+            cut(64, 64, tile, overlap, 8)
+
+
+def test_three_tiles_of_both_axes_by_hand():
+    """Without an overlap, each keeps its own; ramps are a pixel long."""
+    tiles = cut(48, 24, 16, 0, 8)
+    assert tiles == Tiles(16, 16, (0, 16, 32), (0, 8), 0)
+    seen = iter(range(6))
+    velocity = tiled_velocity(lambda x, _: x * next(seen), torch.ones(1, 3, 48, 24), None, tiles, 8, 2, lambda: None)
+    rows = velocity[0, 0, 8::16]
+    shared = [1 / 3, *[0.5] * 6, 2 / 3]  # the middle columns are of both
+    for row, found in enumerate(rows):
+        torch.testing.assert_close(found - 2 * row, torch.tensor([*[0.0] * 8, *shared, *[1.0] * 8]))

@@ -6,16 +6,19 @@ import json
 import tarfile
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from pixeldecoder.files import to_tensor
 from pixeldecoder.flow import Purpose, SampleRandom
-from pixeldecoder.pictures import Folder, Shards, bucket
-from pixeldecoder.training.data import batches, batches_in_memory, bucket_sizes
+from pixeldecoder.pictures import Folder, Record, Shards, bucket
+from pixeldecoder.training.data import batches, batches_in_memory, bucket_sizes, crop, side_multiple
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.teacher import TeacherStage
 from training.conftest import write_photos
@@ -298,3 +301,51 @@ def test_crops_reach_every_edge(tmp_path):
     source = Folder(write_photos(tmp_path, 1, (33, 33)))
     (batch,) = islice(batches_in_memory(source, 32, 40, seed=0), 1)
     assert len({image.numpy().tobytes() for image in batch.image}) == 4
+
+
+def test_every_bucket():
+    """About 16 times 32^2, up to sqrt(2) or 2 times as wide as the square."""
+    expected = [(96, 160), (128, 128), (160, 96)]
+    assert bucket_sizes(128, 32, 2.0) == expected
+    wide = [(64, 224), (64, 256), (96, 192), (192, 96), (224, 64), (256, 64)]
+    assert bucket_sizes(128, 32, 4.0) == sorted(expected + wide)
+
+
+def test_side_multiple():
+    config = dict(patch_size=16, scale=4, latent_downscale_factor=6)
+    assert side_multiple(SimpleNamespace(**config, latent_channels=16)) == 48
+    assert side_multiple(SimpleNamespace(**config, latent_channels=None)) == 16
+
+
+def test_captions_stay_with_their_pictures(tmp_path):
+    """On both ways, past a broken one."""
+    write_photos(tmp_path, 4, (64, 64))
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:300])
+    for index in range(4):
+        (tmp_path / f"{index}.txt").write_text(f"caption of {index}.png")
+    for stream in batches(Folder(tmp_path), [(64, 64)], 3, seed=0), batches_in_memory(Folder(tmp_path), 64, 3, seed=0):
+        names = set()
+        for found in islice(stream, 6):
+            assert found.captions == [f"caption of {name}" for name in found.names]
+            for name, image in zip(found.names, found.image, strict=True):
+                assert torch.equal(image, to_tensor(Image.open(tmp_path / name))[0])
+            names |= set(found.names)
+        assert names == {"0.png", "2.png", "3.png"}
+
+
+def test_every_region_counts_alike(tmp_path):
+    """One of two pictures is three times as large."""
+    write_photos(tmp_path / "a", 1, (64, 32))
+    write_photos(tmp_path / "b", 1, (64, 96))
+    (batch,) = islice(batches_in_memory(Folder(tmp_path), 32, 1000, seed=0), 1)
+    assert batch.names.count("b/0.png") / 1000 == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 1000) ** 0.5)
+
+
+@pytest.mark.parametrize("size, covering, corner", [((120, 80), (48, 32), (16, 0)), ((60, 150), (32, 80), (0, 48))])
+def test_a_crop_is_shrunk_until_it_just_covers(size, covering, corner):
+    """At the lower right, if the random numbers are the largest."""
+    record = Record("a", "", size, lambda: Image.radial_gradient("L").resize(size))
+    found = crop(record, (32, 32), SimpleNamespace(randint=lambda low, high: high))
+    expected = record.open().convert("RGB").resize(covering, Image.Resampling.BICUBIC)
+    expected = expected.crop((*corner, corner[0] + 32, corner[1] + 32))
+    assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))

@@ -153,3 +153,14 @@ def test_shrink():
     edge = torch.ones(1, 3, 32, 32)
     edge[..., :16] = -1
     assert shrink(edge, 4).abs().max() == 1  # bicubic overshoots, and is clamped
+
+
+def test_networks_of_the_wrong_kind():
+    blind = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, aux_rgb_base=False))
+    seeing = PixelDecoderTransformer2DModel(**ARCHITECTURE)
+    for config, network, message in (
+        (Teacher(encoder="averaging:encode", data=DATA), blind, "this network takes no latents"),
+        (Prior(data=DATA), seeing, "a prior takes no latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Conditions(config, network, torch.device("cpu"))

@@ -15,16 +15,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.utils import parametrize
 
 from conftest import TINY, randomized
 from pixeldecoder.flow import SampleRandom
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
 from pixeldecoder.training import distill, loop
-from pixeldecoder.training.config import Optimizer
+from pixeldecoder.training.config import Lora, Optimizer
 from pixeldecoder.training.data import Batch
 from pixeldecoder.training.degrade import Condition
-from pixeldecoder.training.distill import StudentStage
+from pixeldecoder.training.distill import Int8Rows, StudentStage
 from pixeldecoder.training.parts import Average
+from pixeldecoder.training.teacher import TeacherStage
+from training.conftest import ARCHITECTURE
 
 S, F, T, U, REAL = 0.2, 0.5, -0.3, 0.1, 0.8
 D = 0.7
@@ -339,3 +342,50 @@ def test_optimizers(with_text):
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
         "student": 0.1, "fake_score": 0.2, "discriminator": 0.3,
     }  # fmt: skip
+
+
+def test_int8_rows():
+    """Rows of 0, 0.1 and 0.3 times 127, and of nothing: to the nearest of 255 levels, a scale for each."""
+    weight = torch.tensor([[0.0, -127.0, 50.4], [12.7, 0.04, -6.36], [0.0, 0.0, 0.0]])
+    layer = nn.Linear(3, 3).requires_grad_(False)
+    layer.weight.data = weight
+    parametrize.register_parametrization(layer, "weight", Int8Rows(torch.float32), unsafe=True)
+    rows = layer.parametrizations.weight.original0
+    assert rows.dtype == torch.int8 and rows.tolist() == [[0, -127, 50], [127, 0, -64], [0, 0, 0]]
+    expected = torch.tensor([[0.0, -127.0, 50.0], [12.7, 0.0, -6.4], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(layer.weight, expected)
+
+
+def test_the_pipelines_of_stages(with_text, teacher, student):
+    """A teacher's of 25 steps, guided where it reads text; a student's of 4, which is not."""
+    reads = replace(teacher, architecture=None, model=with_text.model)
+    text = PixelDecoderTransformer2DModel(**TINY)
+    for config, guidance in (reads, 5.0), (teacher, 1.0):
+        stage = TeacherStage.__new__(TeacherStage)
+        stage.config = config
+        found = stage.pipeline(text if config is reads else PixelDecoderTransformer2DModel(**ARCHITECTURE)).config
+        assert (found.default_num_inference_steps, found.default_guidance_scale) == (25, guidance)
+    pipeline = StudentStage(student, Accelerator(cpu=True)).pipeline(text)
+    assert (pipeline.config.default_num_inference_steps, pipeline.config.default_guidance_scale) == (4, 1.0)
+    assert type(pipeline.scheduler).__name__ == "FlowMatchLCMScheduler" and pipeline.scheduler.config.shift == 1.0
+
+
+@pytest.mark.parametrize("blocks", [(), (4,), (0, -1)])
+def test_feature_blocks_that_are_none(blocks, with_text):
+    with pytest.raises(ValueError, match=r"feature_blocks \(.*\): the network has blocks 0 to 3"):
+        StudentStage(replace(with_text, feature_blocks=blocks), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_lora_is_the_student_s_alone(rank, student):
+    stage = StudentStage(replace(student, lora=Lora(rank=rank)), Accelerator(cpu=True))
+    assert all(("lora" in name) == (rank > 0) for name, p in stage.model.named_parameters() if p.requires_grad)
+    assert not any("lora" in name for name, _ in stage.fake_score.module.named_parameters())
+    assert not any(p.requires_grad for p in stage.teacher.parameters()) and not stage.teacher.training
+    assert stage.model.training and stage.fake_score.module.training
+
+
+@pytest.mark.parametrize("precision, dtype", [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_the_frozen_teacher_s_weights(precision, dtype, student):
+    stage = StudentStage(replace(student, precision=precision), Accelerator(cpu=True))
+    assert stage.teacher.proj_out.weight.dtype == dtype and stage.model.proj_out.weight.dtype == torch.float32

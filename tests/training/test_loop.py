@@ -26,7 +26,7 @@ from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.training import log, loop, losses, validate
 from pixeldecoder.training.checkpoints import Checkpoints
 from pixeldecoder.training.config import Data, Lora, Optimizer, Prior, read_yaml, write_yaml
-from pixeldecoder.training.data import load_source
+from pixeldecoder.training.data import bucket_sizes, load_source
 from pixeldecoder.training.loop import train
 from pixeldecoder.training.parts import TrainingError
 from pixeldecoder.training.teacher import RepaTarget
@@ -210,16 +210,18 @@ def test_validation_in_little_memory(teacher, monkeypatch, tmp_path):
 )
 def test_validation_tells_the_pipeline_sigma(stage, space, keep, request, monkeypatch):
     config = replace(request.getfixturevalue(stage), steps=1, validate_every=1, micro_batch_size=1, latent_space=space)
-    told = []
+    told, seeds = [], []
     plain = PixelDecoderPipeline.__call__
 
     def spy(self, latents, sigma, **kwargs):
         told.append((sigma, latents))
+        seeds.extend(generator.initial_seed() for generator in kwargs["generator"])
         return plain(self, latents, sigma=sigma, **kwargs)
 
     monkeypatch.setattr(PixelDecoderPipeline, "__call__", spy)
     train(config)
     assert [sigma for sigma, _ in told] == [0.0] * 4 + [0.4] * 4 + [0.8] * 4
+    assert seeds == 3 * [0, 1, 2, 3]  # each picture's own, at every sigma
     # The latents are what they are said to be: keep z + sigma noise, of one noise, in the frame of their space.
     clean, some, more = (torch.cat([z for _, z in told[n : n + 4]]) for n in (0, 4, 8))
     torch.testing.assert_close((some - keep[0] * clean) / 0.4, (more - keep[1] * clean) / 0.8, atol=1e-5, rtol=1e-5)
@@ -695,3 +697,111 @@ def test_command_line_overrides_the_file(teacher, tmp_path, capsys):
     assert main(["train", "teacher", "--stepz", "1"]) == 2
     assert main(["train", "teacher", "--recipe", "huge"]) == 2
     assert "expected paper or nano" in capsys.readouterr().err
+
+
+def test_the_average_forgets_as_configured(teacher):
+    """At once: it is the network."""
+    state = weights(train(replace(teacher, steps=2, ema_decay=0.0)))
+    averaged = [name for name in state if name.startswith("/average/")]
+    assert averaged and all(torch.equal(state[n], state[n.replace("average", "network", 1)]) for n in averaged)
+
+
+def test_fresh_weights_follow_from_the_seed(teacher, monkeypatch):
+    found = []
+
+    def load(self, parts, *args):
+        found.append(parts["network"].module.patch_embed.weight.detach().clone())
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(Checkpoints, "load", load)
+    for seed in 3, 3, 4:
+        torch.manual_seed(len(found))
+        with pytest.raises(TrainingError, match="enough"):
+            train(replace(teacher, seed=seed))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_charts(teacher):
+    """Every logged value, at the step it was logged at; settings that are no numbers or words are left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(replace(teacher, steps=4, log_every=2, tracker="tensorboard"))
+    (events,) = (
+        found
+        for path in teacher.output.rglob("events.out.tfevents.*")
+        if "velocity" in (found := EventAccumulator(str(path)).Reload()).Tags()["scalars"]
+    )
+    lines = [json.loads(line) for line in (teacher.output / "log.jsonl").read_text().splitlines()]
+    assert [(e.step, e.value) for e in events.Scalars("velocity")] == [
+        (line["step"], pytest.approx(line["velocity"], rel=1e-5)) for line in lines
+    ]
+
+
+def test_curves(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    drawn = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda axes, *xy: drawn.append(xy))
+    lines = [{"step": 1, "a": 5.0}, {"step": 2, "a": 4.0, "b": 1.0}]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    loop.plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert drawn == [([1, 2], [5.0, 4.0]), ([2], [1.0])] and (tmp_path / "curves.png").exists()
+
+
+def test_memory_of_the_process_is_in_bytes():
+    import psutil
+
+    now = psutil.Process().memory_info().rss
+    assert now / 2 < loop.memory(torch.device("cpu")) < 50 * now
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_settings_reach_the_batches(teacher, in_memory, monkeypatch):
+    given = {}
+    for name in "batches", "batches_in_memory":
+        monkeypatch.setattr(loop, name, lambda *a, name=name, **k: given.update(name=name, args=a[1:], **k))
+    data = replace(teacher.data, in_memory=in_memory, workers=3, max_aspect_ratio=4.0, resolution=128)
+    config = replace(teacher, data=data, seed=7, micro_batch_size=5, batch_size=10)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=2, num_processes=3)
+    source = load_source(config)
+    source.require = lambda *args: given.update(required=args)
+    loop.load_batches(config, PixelDecoderTransformer2DModel(**ARCHITECTURE), source, accelerator, 11)
+    assert (given["seed"], given["rank"], given["world_size"], given["start"]) == (7, 2, 3, 11)
+    sizes = [(128, 128)] if in_memory else bucket_sizes(128, 32, 4.0)
+    assert given["required"] == (sizes, 32)
+    assert given["args"] == (128 if in_memory else sizes, 5) and given.get("workers") == (None if in_memory else 3)
+    assert given["name"] == ("batches_in_memory" if in_memory else "batches")
+
+
+def test_validation_pictures_are_the_first_that_can_be_read(teacher, tmp_path):
+    """Their middles or corners, the same each time, in [-1, 1], with their captions; without a folder of their own
+    they are trained on."""
+    folder = write_photos(tmp_path / "own", 6, (96, 96))
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
+    (folder / "2.txt").write_text("two")
+    config = replace(teacher, data=replace(teacher.data, validation=folder))
+    model = PixelDecoderTransformer2DModel(**ARCHITECTURE)
+    found, again = (load_validation(config, model, load_source(config), "cpu") for _ in range(2))
+    assert found.names == ["0.png", "2.png", "3.png", "4.png"] and found.captions == ["", "two", "", ""]
+    assert torch.equal(found.image, again.image) and found.samples == [0, 1, 2, 3]
+    assert found.image.min() >= -1 and found.image.max() <= 1 and found.image.min() < -0.5 and found.image.max() > 0.5
+    source = load_source(teacher)
+    trained_on = load_validation(teacher, model, source, "cpu")
+    first = [record.name for record, _ in zip(source.records(teacher.seed), range(4), strict=False)]
+    assert trained_on.names == first
+
+
+def test_repa_compares_patches_with_patches(tmp_path):
+    """The encoder's class token, which comes first, is left out; the projection of a token is a token."""
+    network = PixelDecoderTransformer2DModel(**TINY | dict(latent_channels=None))
+    config = Prior(repa_encoder=str(dinov2(tmp_path)), repa_block=1, precision="float32", device="cpu")
+    target = RepaTarget(config, network, Accelerator(cpu=True))
+    made = torch.randn(2, 1 + 12, 16)
+    target.encoder.forward = lambda pixels: SimpleNamespace(last_hidden_state=made)
+    target.projector = lambda tokens: tokens[..., :16]
+    features = made[:, 1:].transpose(1, 2).unflatten(2, (3, 4)).repeat(1, 2, 1, 1)
+    image = torch.zeros(2, 3, 48, 64)
+    assert target.loss(features, image).item() == pytest.approx(0, abs=1e-6)
+    assert target.loss(-features, image).item() == pytest.approx(2, abs=1e-6)
+    with pytest.raises(ValueError, match="repa_block 4: the network has blocks 0 to 3"):
+        RepaTarget(replace(config, repa_block=4), network, Accelerator(cpu=True))

@@ -78,3 +78,21 @@ def test_repa():
 
 def test_approximate_r1():
     assert losses.approximate_r1(torch.zeros(2, 3), torch.full((2, 3), 0.5)).item() == 0.25
+    assert losses.approximate_r1(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.5])).item() == 0.25  # nothing cancels
+
+
+def test_vsd_by_hand():
+    """Each picture by its own distance to the teacher's: .5 and 2 here, pulled by .3 and by -.1."""
+    student, teacher = torch.zeros(2, 3, 4, 4), torch.tensor([-0.5, 2.0])[:, None, None, None].expand(2, 3, 4, 4)
+    fake = teacher + torch.tensor([0.3, -0.1])[:, None, None, None]
+    expected = 0.5 * ((0.3 / 0.5) ** 2 + (0.1 / 2) ** 2) / 2
+    assert losses.vsd(student, teacher, fake).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.vsd(student, student, student + 1e-6).item() == pytest.approx(0.5, rel=1e-5)  # no division by 0
+
+
+def test_gan_by_hand():
+    fake, real = torch.tensor([0.0, 2.0]), torch.tensor([1.0, -1.0])
+    softplus = {x: math.log(1 + math.exp(x)) for x in (-2, -1, 0, 1, 2)}
+    assert losses.gan_student(fake).item() == pytest.approx((softplus[0] + softplus[-2]) / 2, rel=1e-5)
+    expected = (softplus[0] + softplus[2] + softplus[-1] + softplus[1]) / 2
+    assert losses.gan_discriminator(fake, real).item() == pytest.approx(expected, rel=1e-5)

@@ -1,5 +1,6 @@
 """Updates, averages and networks that train, by numbers worked out by hand."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,9 +11,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixeldecoder.training.config import Data, Optimizer, Run
+from conftest import TINY, TINY_V15
+from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.training.config import Data, Lora, Optimizer, Run
 from pixeldecoder.training.data import Batch
-from pixeldecoder.training.parts import Average, Part, TrainingError, update
+from pixeldecoder.training.distill import StudentStage
+from pixeldecoder.training.parts import (
+    Average,
+    Part,
+    TrainingError,
+    add_lora,
+    build_network,
+    freeze_unused,
+    read_architecture,
+    update,
+)
 from pixeldecoder.training.teacher import TeacherStage
 from training.conftest import write_photos
 
@@ -209,3 +222,75 @@ def test_the_learning_rate_falls_over_the_run():
     for number, progress, rate in ((0, 0.0, 0.5), (1, 0.5, 0.55), (9, 1.0, 0.1)):
         trained.step(number, progress)
         assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_bfloat16_is_of_the_computation_alone():
+    """And of none under FSDP2, which casts by itself."""
+    for precision, dtype in ("bfloat16", torch.bfloat16), ("float32", torch.float32):
+        config = replace(RUN, precision=precision)
+        trained = Part(nn.Linear(2, 2), Optimizer(), config, ACCELERATOR)
+        assert trained(torch.ones(1, 2)).dtype == dtype and trained.module.weight.dtype == torch.float32
+    assert not part(1.0, replace(RUN, precision="bfloat16", fsdp=True)).autocast
+
+
+@pytest.mark.parametrize("aux_rgb", [True, False])
+def test_what_no_loss_reaches_is_frozen(aux_rgb):
+    """The last block's text branch after its keys and values, and an auxiliary head without a loss."""
+    model = PixelDecoderTransformer2DModel(**TINY_V15)
+    freeze_unused(model, aux_rgb)
+    frozen = {name.rpartition(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    text = {"text.norm2", "text_mlp.gate_proj", "text_mlp.up_proj", "text_mlp.down_proj", "attn.to_add_out"}
+    head = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name.startswith("adapter.aux_rgb_head")}
+    assert head and frozen == {f"patch_blocks.3.{name}" for name in text} | (set() if aux_rgb else head)
+
+
+@pytest.mark.parametrize("name", ["backbone", "adapter"])
+def test_what_a_lora_trains(name):
+    model = PixelDecoderTransformer2DModel(**TINY_V15)
+    add_lora(model, Lora(rank=3, part=name))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == (
+        {"patch_blocks", "pixel_blocks"} if name == "backbone" else {"adapter"}
+    )
+    layers = {module for module in model.modules() if hasattr(module, "lora_A")}
+    assert all("lora_" in name for name in trained) and len(trained) == 2 * len(layers)
+    assert all(layer.scaling == {"default": 1.0} and layer.r == {"default": 3} for layer in layers)
+    kinds = {name.partition(".lora_")[0].split(".", 2)[-1] for name in trained}
+    backbone = {
+        "attn.to_qkv", "attn.to_out", "attn.add_qkv", "attn.to_add_out", "compress", "expand", "mlp.0", "mlp.2",
+        *(f"{mlp}.{layer}_proj" for mlp in ("mlp", "text_mlp") for layer in ("gate", "up", "down")),
+    }  # fmt: skip
+    assert kinds == backbone if name == "backbone" else {"0", "2", "pixel_head"} <= kinds | {"pixel_head"}
+
+
+def test_blocks_are_compiled_where_that_is_wanted(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(PixelDecoderTransformer2DModel, "compile_repeated_blocks", lambda self: compiled.append(self))
+    for wanted in False, True:
+        for module in PixelDecoderTransformer2DModel(**TINY), nn.Linear(2, 2):
+            Part(module, Optimizer(), replace(RUN, compile=wanted), ACCELERATOR)
+        assert len(compiled) == wanted
+
+
+def test_an_architecture_may_hold_what_diffusers_writes(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "X", "num_layers": 3}')
+    assert read_architecture(tmp_path / "config.json") == {"num_layers": 3}
+
+
+def test_weights_that_do_not_fit_an_architecture(tmp_path):
+    PixelDecoderTransformer2DModel(**TINY).save_pretrained(tmp_path / "model")
+    (tmp_path / "wide.json").write_text(json.dumps(TINY | dict(pixel_dim=12)))
+    with pytest.raises(ValueError, match=r"model does not fit .*wide.json: \d+ tensors differ: "):
+        build_network(replace(RUN, model=str(tmp_path / "model"), architecture=tmp_path / "wide.json"))
+    (tmp_path / "deep.json").write_text(json.dumps(TINY | dict(num_layers=5)))
+    with pytest.raises(ValueError, match=r"tensors differ: patch_blocks.4"):
+        build_network(replace(RUN, model=str(tmp_path / "model"), architecture=tmp_path / "deep.json"))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradient_checkpointing_is_as_configured(kind, wanted, request):
+    config = replace(request.getfixturevalue(kind), gradient_checkpointing=wanted)
+    stage = (TeacherStage if kind == "teacher" else StudentStage)(config, ACCELERATOR)
+    networks = [stage.model] if kind == "teacher" else [stage.model, stage.fake_score.module, stage.teacher]
+    assert [network.is_gradient_checkpointing for network in networks] == [wanted] * len(networks)
