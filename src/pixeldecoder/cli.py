@@ -783,8 +783,9 @@ class Evaluate(TextEncoder, Execution):
             check_decoder_name(name)
         extra = json_object(self.pipeline_args)
 
+        from pixeldecoder.evaluation.cases import Source
         from pixeldecoder.evaluation.report import write_report
-        from pixeldecoder.evaluation.study import Study
+        from pixeldecoder.evaluation.study import Baselines, Decoders, LatentModel, Study
 
         device = torch_device(self.device)
         dtype = self.torch_dtype(device)
@@ -799,20 +800,18 @@ class Evaluate(TextEncoder, Execution):
             return load_diffusion_pipeline(str(self.model), dtype, extra).to(device)
 
         study = Study(
-            **{
-                name: getattr(self, name)
-                for name in (
-                    "output", "baselines", "vae", "steps", "sigmas", "stops", "as_if_clean", "crop", "scale", "limit",
-                    "seed", "metrics", "weights",
-                )
-            },
-            source=self.source,
-            decoders={name: partial(load, name) for name in self.decoders},
-            encoder=lambda pipeline: image_encoder(self.encoder, pipeline),
-            pipe=None if self.model is None else pipe,
-            pipe_kwargs=extra,
-            call_kwargs=self.layout_kwargs(),
-            device=device,
+            source=Source(
+                path=self.source, crop=self.crop, limit=self.limit, sigmas=self.sigmas, stops=self.stops
+            ),
+            output=self.output,
+            decoders=Decoders(
+                load={name: partial(load, name) for name in self.decoders},
+                encoder=lambda pipeline: image_encoder(self.encoder, pipeline),
+                steps=self.steps, as_if_clean=self.as_if_clean, call_kwargs=self.layout_kwargs(),
+            ),
+            baselines=Baselines(names=self.baselines, vae=self.vae, scale=self.scale),
+            latent_model=None if self.model is None else LatentModel(load=pipe, kwargs=extra),
+            metrics=self.metrics, weights=self.weights, seed=self.seed, device=device,
             identity={
                 name: getattr(self, name)
                 for name in ("encoder", "model", "tile", "tile_overlap", "quantize", "attention")

@@ -1,16 +1,140 @@
 """An evaluation's folder in, what it holds out, and back: `study.json`, rows and images; not what is damaged."""
 
+import csv
 import json
 import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors import safe_open
 
+import pixeldecoder
 from pixeldecoder.evaluation.methods import Case, Setting, slug
-from pixeldecoder.evaluation.metrics import WAYS
+from pixeldecoder.evaluation.metrics import METRICS, WAYS
 from pixeldecoder.files import write_whole
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a folder holds when a run begins, and where the run's own rows go."""
+
+    output: Path
+    study: dict[str, Any]
+    """As `study.json` has it."""
+    rows: dict[tuple[Setting, str], dict[str, Any]]
+    """By setting and picture."""
+    settings: list[Setting]
+    """All that are or will be there, in the order of the tables."""
+    process: int
+    """Number of the process, each of which has a file of its own."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        append_line(self.output / f"rows-{self.process}.jsonl", row)
+
+
+def open_results(
+    output: Path, identity: dict[str, Any], settings: list[Setting], process: int, tell: Callable[[str], None]
+) -> Results:
+    """What is in a folder, and what a run adds to it.
+
+    Args:
+        identity: what must be the same in all runs of a folder; an autoencoder ("vae") that is `None` is any.
+        settings: of this run.
+        tell: is given a line on what is there, and one on what is added.
+
+    Raises:
+        ValueError: the folder holds what does not belong together with this run.
+    """
+    identity = json.loads(json.dumps(identity))  # as what is there went
+    study = read_study(output) or {"identity": identity}
+    # A run without baselines of the autoencoder need not name it.
+    study["identity"]["vae"] = study["identity"].get("vae") or identity["vae"]
+    identity["vae"] = identity["vae"] or study["identity"]["vae"]
+    if different := [key for key in identity if study["identity"].get(key) != identity[key]]:
+        key = different[0]
+        raise ValueError(
+            f"{output} holds an evaluation with {key} {study['identity'].get(key)}, not {identity[key]}: take another "
+            "folder"
+        )
+    finished = study_settings(study)
+    rows = read_rows(output)
+    before = list(dict.fromkeys([*finished, *(setting for setting, _ in rows)]))
+    # As the tables had them, then what is new; baselines first.
+    every = sorted(dict.fromkeys([*finished, *settings, *before]), key=lambda setting: setting.steps is not None)
+    folders: dict[str, Setting] = {}
+    for setting in every:
+        other = folders.setdefault(slug(str(setting)), setting)
+        if other != setting:
+            raise ValueError(
+                f'two settings, of {other.method} and of {setting.method}, would both be called "{setting}" in the '
+                f"tables of {output}: rename one, or take another folder"
+            )
+    if before:
+        added = [setting for setting in settings if setting not in before]
+        tell(f"{output} holds {'; '.join(map(str, before))}")
+        tell(f"this run adds {'; '.join(map(str, added)) or 'no setting'}")
+    return Results(output, study, rows, every, process)
+
+
+def write_results(
+    results: Results,
+    unreadable: dict[str, str],
+    compare: Callable[[dict[Setting, list[str]]], dict[str, dict[str, float | None]]],
+    skipped: dict[str, str],
+    device: str,
+) -> None:
+    """`results.csv` and `study.json` of all that the folder holds, from this run or another.
+
+    Args:
+        unreadable: why pictures cannot be read; what other processes found is added.
+        compare: from the images' files of every setting, its metrics of all pictures together; adds to `skipped`.
+        skipped: why metrics are left out.
+
+    Raises:
+        ValueError: no picture can be read.
+    """
+    output = results.output
+    rows = read_rows(output, unreadable)
+    study = read_study(output) or {}
+    if not rows:
+        name, reason = next(iter(unreadable.items()))
+        raise ValueError(f"{study['identity']['source']}: no picture can be read, such as {name}: {reason}")
+    better = {name: study["better"][name] for name in [*METRICS, *study["better"]] if name in study["better"]}
+    metrics = [name for name in better if any(name in row for row in rows.values())]
+    order = {setting: index for index, setting in enumerate(results.settings)}
+    chosen = sorted((key for key in rows if key[0] in order), key=lambda key: (order[key[0]], key[1]))
+    columns = ["image", "file", *Setting.__dataclass_fields__, "seed", "crop", "scale", *metrics, "seconds"]
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, columns, extrasaction="ignore")
+            table.writeheader()
+            same = {name: study["identity"][name] for name in ("seed", "crop", "scale")}
+            table.writerows({**same, **rows[key]} for key in chosen)
+
+    write_whole(output / "results.csv", write)
+    files: dict[Setting, list[str]] = {}
+    for key in chosen:
+        files.setdefault(key[0], []).append(rows[key]["file"])
+    seen = {image for _, image in rows}
+    # What an earlier run computed of all pictures together, of as many as there are now; and what this one does.
+    images = max(map(len, files.values()))
+    counts = {name: count for name, count in study.get("set_images", {}).items() if count == images}
+    compared = {name: values for name, values in study.get("sets", {}).items() if name in counts} | compare(files)
+    study |= {
+        "settings": [asdict(setting) for setting in files],
+        "better": better,
+        "sets": compared,
+        "set_images": dict.fromkeys(compared, images),
+        "skipped": skipped,
+        "unreadable": {name: reason for name, reason in unreadable.items() if name not in seen},
+        "made_by": f"pixeldecoder {pixeldecoder.__version__}, PyTorch {torch.__version__}, {device}",
+    }
+    write_json(output / "study.json", study)
 
 
 def image_path(output: Path, setting: Setting | str, file: str) -> Path:
