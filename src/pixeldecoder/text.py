@@ -1,4 +1,4 @@
-"""Captions in, prompt embeddings (B, 300, 2304) out (method: Prompts)."""
+"""Captions in, prompt embeddings (B, 300, 2304) out."""
 
 import hashlib
 import inspect
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pixeldecoder.files import write_whole
-from pixeldecoder.hub import is_hub_id
+from pixeldecoder.hub import download, is_hub_id, unreachable
 from pixeldecoder.presets import TEXT_ENCODER
 
 logger = logging.get_logger(__name__)
@@ -23,7 +23,7 @@ MAX_TOKENS = 300
 BATCH = 8
 """Captions that the text encoder reads at a time."""
 KEPT = 256
-"""Captions whose embeddings are kept in memory, the last ones asked for: 0.35 GB of Gemma-2's in bfloat16."""
+"""Captions whose embeddings stay in memory, the last ones asked for: 0.35 GB of Gemma-2's in bfloat16."""
 
 
 def instruction() -> str:
@@ -71,14 +71,13 @@ def encode_prompts(
 
 
 class PromptEncoder:
-    """A frozen text encoder that is loaded when a caption comes that it has not seen: captions in, embeddings out.
+    """Captions in, embeddings out, by a frozen text encoder that is loaded when the first new caption comes.
 
     Args:
         name: folder or Hub id of Gemma-2 with its tokenizer.
-        device: where it runs, "cpu" too beside a decoder on a GPU; `None`: where the decoder does.
+        device: where it runs; "cpu" saves a GPU's memory; `None`: where the decoder does.
         quantization: of its weights, by bitsandbytes (`pip install "pixeldecoder[quantize]"`).
-        cache: folder in which embeddings are kept, each in a file named after its content; `None`
-            keeps the last ones, in memory.
+        cache: folder in which embeddings are kept, too, each in a file named after its content.
     """
 
     def __init__(
@@ -97,13 +96,13 @@ class PromptEncoder:
         """(B, 300, Dt); `device` is that of an encoder that was made without one."""
         device = self.device or torch.device(device)
         keys = {prompt: self._key(prompt) for prompt in prompts}
-        found = {prompt: self._find(key, device) for prompt, key in keys.items()}
-        embeds = {prompt: one for prompt, one in found.items() if one is not None}
-        if missing := [prompt for prompt in keys if prompt not in embeds]:
-            for prompt, one in zip(missing, encode_prompts(missing, *self._load(device), device).split(1), strict=True):
-                embeds[prompt] = one.clone()  # which does not hold the others' memory
+        known = {prompt: self._look_up(key, device) for prompt, key in keys.items()}
+        embeds = {prompt: embed for prompt, embed in known.items() if embed is not None}
+        if new := [prompt for prompt in keys if prompt not in embeds]:
+            for prompt, embed in zip(new, encode_prompts(new, *self._load(device), device).split(1), strict=True):
+                embeds[prompt] = embed.clone()  # a view would keep the whole batch in memory
                 if self.cache is not None:
-                    save_prompt_embeds(one.cpu(), self.cache / f"{keys[prompt]}.safetensors", prompt)
+                    save_prompt_embeds(embed.cpu(), self.cache / f"{keys[prompt]}.safetensors", prompt)
         for prompt, key in keys.items():
             self._seen.pop(key, None)
             self._seen[key] = embeds[prompt]
@@ -112,15 +111,15 @@ class PromptEncoder:
         return torch.cat([embeds[prompt] for prompt in prompts])
 
     def unload(self) -> None:
-        """Free the model's memory; what was encoded stays known."""
+        """Free the model's memory; embeddings are kept."""
         self._parts = None
 
     def _key(self, prompt: str) -> str:
         content = [self.name, str(self.quantization), instruction(), prompt]
         return hashlib.sha256("\0".join(content).encode()).hexdigest()
 
-    def _find(self, key: str, device: torch.device) -> torch.Tensor | None:
-        """From memory or the folder."""
+    def _look_up(self, key: str, device: torch.device) -> torch.Tensor | None:
+        """Embeddings (1, 300, Dt) from memory or the folder."""
         if key in self._seen:
             return self._seen[key].to(device)
         path = self.cache / f"{key}.safetensors" if self.cache is not None else None
@@ -140,12 +139,10 @@ class PromptEncoder:
                     )
                 bits = {"8bit": dict(load_in_8bit=True), "4bit": dict(load_in_4bit=True)}[self.quantization]
                 kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": device})
-            from pixeldecoder.hub import download, unreachable
-
             name = os.path.expanduser(self.name)
             if not Path(name).is_dir() and is_hub_id(name) and not try_to_load_from_cache(name, "config.json"):
                 logger.warning(f"fetching the text encoder {name} from https://huggingface.co, about 5 GB")
-            # First all of it: transformers would ask for each file five times of a Hub that cannot be reached.
+            # The whole folder first: where the Hub cannot be reached, transformers would ask five times for each file.
             folder = name if Path(name).is_dir() else download(name, ["*.json", "*.safetensors", "tokenizer*"])
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -14,14 +14,14 @@ from pixeldecoder.models.adapter import LatentFeatures
 
 @dataclass(frozen=True)
 class Tiles:
-    """How an image is cut: equal tiles, evenly spread, in pixels."""
+    """How an image is cut: tiles of one size, evenly spread; all in pixels."""
 
     height: int
     width: int
     tops: tuple[int, ...]
     lefts: tuple[int, ...]
     overlap: int
-    """At least, where there are several."""
+    """Pixels that neighbours share, or more where tiles are spread so."""
 
     @property
     def count(self) -> int:
@@ -43,7 +43,7 @@ def cut(height: int, width: int, tile_size: int, overlap: int, patch: int) -> Ti
 
 
 def _spread(side: int, tile: int, overlap: int, patch: int) -> tuple[int, tuple[int, ...]]:
-    """Side of the tiles and where they start, counted in patches on the way."""
+    """Side of the tiles and where they start, in pixels; whole patches both."""
     length, tile, overlap = side // patch, tile // patch, -(-overlap // patch)
     if length <= tile:
         return side, (0,)
@@ -81,7 +81,7 @@ def tiled_velocity(
     for top, row in zip(tiles.tops, rows, strict=True):
         for left, column in zip(tiles.lefts, columns, strict=True):
             area = (..., slice(top, top + tiles.height), slice(left, left + tiles.width))
-            part = features and crop(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
+            part = features and crop_features(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
             output[area] += velocity(image[area], part) * row[:, None] * column
     return output
 
@@ -103,10 +103,10 @@ def _weights(side: int, tile: int, starts: tuple[int, ...], overlap: int, device
     return [weight / total[start : start + tile] for weight, start in zip(weights, starts, strict=True)]
 
 
-def crop(
+def crop_features(
     features: LatentFeatures, columns: int, tiles: Tiles, top: int, left: int, patch: int, aux_pixels: int
 ) -> LatentFeatures:
-    """One tile's features of those of an image `columns` patches wide."""
+    """The features of one tile, from those of an image `columns` patches wide."""
 
     def patches(tokens: torch.Tensor, size: int = patch) -> torch.Tensor:
         grid = tokens.unflatten(1, (-1, columns))

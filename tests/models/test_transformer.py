@@ -9,7 +9,7 @@ from conftest import CASES, TINY, TINY_NANO, TINY_V15, Golden, manifests, relati
 from oracle import Oracle
 from pixeldecoder import PixelDecoderTransformer2DModel
 from pixeldecoder.convert import config_from_reference, export_reference_state_dict
-from pixeldecoder.models.layers import attention, pad_heads
+from pixeldecoder.models.layers import _blockwise_attention, attention, pad_heads
 
 
 def inputs(batch=2, height=64, width=96, channels=16, cell=32):
@@ -172,8 +172,9 @@ def test_whole_pixel_modulation_never_exists():
 def test_bfloat16_attention_on_a_cpu():
     query, key, value = (torch.randn(2, 300, 3, 24) for _ in range(3))
     exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
-    for inputs in (query, key, value), pad_heads(query, key, value):
-        blocks = attention(*(x.bfloat16() for x in inputs), scale=24**-0.5)[..., :24]
+    bfloat16 = [x.bfloat16() for x in (query, key, value)]
+    padded = _blockwise_attention(*pad_heads(*bfloat16), scale=24**-0.5)[..., :24]
+    for blocks in attention(*bfloat16), padded:
         assert (blocks - exact.transpose(1, 2)).std() / exact.std() < 0.01
 
 

@@ -1,4 +1,4 @@
-"""Normalised latents in, what is added to the transformer's tokens out (method: The sigma-aware adapter)."""
+"""Normalised latents in, what is added to the transformer's tokens out (eq. 14, 15, 18, 19)."""
 
 import math
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class SigmaAwareAdapter(nn.Module):
                 f"divisor of patch_size {patch_size}"
             )
         self.fold = max(1, patch_size // (scale * f))
-        self.resize = "nearest" if scale * f > patch_size else "bilinear"  # r > 1, or a mismatch where r = 1
+        self.resize = "nearest" if scale * f > patch_size else "bilinear"  # r > 1 (eq. 18), or a mismatch where r = 1
         # -1: the last features; else those after a residual block, which the input and three layers come before.
         self.aux_rgb_output = aux_rgb_block if aux_rgb_block < 0 else aux_rgb_block + 4
 
@@ -106,7 +106,7 @@ class ResidualConvs(nn.Module):
 
 
 class SigmaGate(nn.Module):
-    """g = sigmoid(W [h; l] + b - exp(a) sigma), one value per token or D (method: Gate)."""
+    """g (eq. 19), one value per token or D."""
 
     def __init__(self, dim: int, gate_dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Feature maps of the teacher in, real-or-fake logits out: DMD2's discriminator (method: DMD2)."""
+"""Feature maps of the teacher in, real-or-fake logits out: DMD2's discriminator (eq. 30)."""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config

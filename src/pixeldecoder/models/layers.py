@@ -1,4 +1,4 @@
-"""The two transformer blocks of PixelDiT and their parts: tokens in, tokens out (method: Network, 3, 4, 8)."""
+"""The two transformer blocks of PixelDiT and their parts: tokens in, tokens out (eq. 11 to 13, 16, 17)."""
 
 import math
 from collections.abc import Callable
@@ -58,7 +58,15 @@ class PatchBlock(Block):
         is_last: bool,
         chunk_size: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`condition` c = SiLU(e_t) is (B, 1, D). Nobody reads the text after the last block: it is left as it came."""
+        """(eq. 12). Nothing reads the text after the last block, which therefore returns it unchanged.
+
+        Args:
+            hidden_states, text: (B, L, D), (B, T, D).
+            condition: c, (B, 1, D).
+            rotary, text_rotary: `image_rotary`, `text_rotary`.
+            is_last: of the blocks.
+            chunk_size: patches at a time outside attention.
+        """
         mods = self.image.adaln(condition).chunk(6, dim=-1)
         qkv = in_chunks(chunk_size, lambda h, *r: self.before_attention(h, r, *mods[:2]), hidden_states, *rotary)
         length = 0
@@ -97,7 +105,7 @@ class PatchBlock(Block):
 
 
 class PixelBlock(Block):
-    """PiT block on pixel tokens (B, L, P^2, d): every pixel has its own modulation, patches talk through attention.
+    """PiT block on pixel tokens (B, L, P^2, d): every pixel has its own modulation, and patches attend to each other.
 
     That modulation is six times the size of the pixels; it lives for one chunk of patches at a time.
     """
@@ -118,7 +126,7 @@ class PixelBlock(Block):
     def forward(
         self, pixels: torch.Tensor, condition: torch.Tensor, rotary: Rotary, chunk_size: int | None = None
     ) -> torch.Tensor:
-        """`condition` s is (B, L, D), one vector per patch."""
+        """(eq. 17). `condition` is s, (B, L, D), one vector per patch."""
         qkv = in_chunks(chunk_size, lambda p, s, *r: self.before_attention(p, s, r), pixels, condition, *rotary)
         return in_chunks(chunk_size, self.after_attention, pixels, condition, self.attn(qkv))
 
@@ -161,7 +169,7 @@ def _compiled(function: Callable[..., torch.Tensor], **kwargs) -> Callable[..., 
 
 
 class StreamNorms(nn.Module):
-    """One stream's norms and adaLN (method: Network, 4): D -> shift, scale, gate for attention, then for the MLP."""
+    """One stream's norms and adaLN (eq. 11, 12): D -> shift, scale, gate for attention, then for the MLP."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -236,10 +244,10 @@ class Attention(nn.Module, AttentionModuleMixin):
         return self.processor(self, *qkv.unbind(2)).flatten(2)
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """Softmax attention of (B, L, heads, head width), by what is fast and right on the device."""
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of (B, L, heads, head width), by the fastest kernel that is right on the device."""
     width = query.shape[-1]
-    scale = scale or width**-0.5
+    scale = width**-0.5
     if torch.version.hip is not None and query.device.type == "cuda":
         # AMD's fused kernels gave black and NaN images at width 72; zeros up to a power of 2 change nothing.
         query, key, value = pad_heads(query, key, value)
@@ -285,7 +293,7 @@ def _blockwise_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 
 
 class TextEmbedding(nn.Module):
-    """Prompt embeddings (B, T, Dt) -> text tokens (B, min(T, Tmax), D) (method: Network, 3)."""
+    """Prompt embeddings (B, T, Dt) -> text tokens (B, min(T, Tmax), D)."""
 
     def __init__(self, text_embed_dim: int, dim: int, max_length: int):
         super().__init__()
@@ -299,13 +307,14 @@ class TextEmbedding(nn.Module):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Of normalised tokens (eq. 11)."""
     return x * (1 + scale) + shift
 
 
 def image_rotary(height: int, width: int, head_dim: int, reference: float, device: torch.device) -> Rotary:
-    """2-D RoPE, NTK-aware, for a grid of height x width patches; `reference` is the grid the frequencies are made for.
+    """2-D RoPE, NTK-aware (eq. 13), for a grid of height x width patches; the frequencies are made for `reference`.
 
-    Angles alternate x, y, x, y...; neighbouring channels form a pair (method: "2-D RoPE, NTK-aware").
+    Angles alternate x, y, x, y...; neighbouring channels form a pair.
     """
     axis_dim = head_dim / 2
     k = torch.arange(head_dim // 4, dtype=torch.float32, device=device)
@@ -332,8 +341,7 @@ def _pairs(angle: torch.Tensor) -> Rotary:
 
 
 def pixel_positions(length: int, dim: int, device: torch.device) -> torch.Tensor:
-    """One axis of the fixed sin-cos table (length, d/2): the first half of a pixel's channels encodes the column in the
-    whole image, the second half the row (method: Network, 7)."""
+    """One axis of the fixed table (eq. 16), (length, d/2)."""
     quarter = dim // 4
     frequencies = torch.exp(-math.log(10000) * torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies

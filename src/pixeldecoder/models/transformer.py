@@ -1,4 +1,4 @@
-"""Noisy image, time, text and latents in; velocity out: the PiD network (method: Network)."""
+"""Noisy image, time, text and latents in; velocity out: the PiD network (eq. 9 to 19)."""
 
 import copy
 import re
@@ -89,7 +89,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
     _repeated_blocks = ["PatchBlock", "PixelBlock"]
     # The adapter runs before `forward`; its pixel gate runs later, and its auxiliary head at times.
     _group_offload_block_modules = ["adapter", "pixel_head", "pixel_sigma_gate", "aux_rgb_head"]
-    # Small tensors that errors in the picture hang on: gates, time, and everything that works on single pixels.
+    # Rounding these shows in the image: gates, time, and everything that works on single pixels. They are small.
     _skip_layerwise_casting_patterns = ["norm", "sigma_gate", "time_embed", "pixel_embed", "pixel_blocks", "proj_out"]
 
     @register_to_config
@@ -181,16 +181,23 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         nn.init.zeros_(self.proj_out.weight)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """As diffusers' `add_adapter`; where q, k, v or their output layer are meant by their usual names, "to_q",
-        "add_k_proj", "to_out.0"..., the layers `to_qkv`, `add_qkv` and `to_out` are, which hold them here."""
+        """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
+        "to_out.0"..., mean the layers that hold them here: `to_qkv`, `add_qkv` and `to_out`."""
         if not isinstance(adapter_config.target_modules, str | None):
             adapter_config = copy.copy(adapter_config)
-            adapter_config.target_modules = {_our_layer(name) for name in adapter_config.target_modules}
+            names = set(adapter_config.target_modules)
+            for usual, ours in (
+                (r"\bto_[qkv]$", "to_qkv"),
+                (r"\badd_[qkv]_proj$", "add_qkv"),
+                (r"\bto_out\.0$", "to_out"),
+            ):
+                names = {re.sub(usual, ours, name) for name in names}
+            adapter_config.target_modules = names
         super().add_adapter(adapter_config, adapter_name)
 
     def image_rotary(self, height: int, width: int, device: torch.device | None = None) -> tuple[Rotary, Rotary]:
-        """Rotary tables of the patch and of the pixel blocks for an image, in pixels: the same at every step and for
-        every tile of one size. Pass them as `image_rotary_emb=`."""
+        """Rotary tables (eq. 13) of the patch and of the pixel blocks for an image of `height` x `width` pixels: the
+        same at every step and for every tile of one size. Pass them as `image_rotary_emb=`."""
         config = self.config
         grid, reference = (height // config.patch_size, width // config.patch_size), config.rope_reference_size
         patch, pixel = (
@@ -253,7 +260,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         """Predict the velocity of a noisy image.
 
         Args:
-            hidden_states: noisy image x_t = (1 - t) image + t noise, (B, 3, H, W), image in [-1, 1]; float32 is best,
+            hidden_states: noisy image x_t (eq. 1), (B, 3, H, W), of an image in [-1, 1]; float32 is best,
                 whatever the dtype of the weights.
             timestep: 1000 t, in [0, 1000], a number or (B,).
             encoder_hidden_states: prompt embeddings (B, T, Dt); `None` for a model without text.
@@ -265,50 +272,38 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             return_aux_rgb: also return the adapter's auxiliary low-resolution image.
             chunk_size: patches on which everything but attention works at a time; by default all. Fewer take less
                 memory, and on a CPU less time; the numbers stay the same to rounding.
-            image_rotary_emb: `image_rotary(H, W)`; by default made here.
+            image_rotary_emb: `image_rotary(H, W)`, made once for all steps of a size; by default made here.
             attention_kwargs: `{"scale": x}` multiplies the strength of LoRA layers by x during this call.
 
         Raises:
             ValueError: shapes that do not fit the model, text missing or in excess.
         """
-        batch, channels, height, width = hidden_states.shape
-        patch = self.config.patch_size
-        if channels != 3 or height % patch or width % patch or not height * width:
-            raise ValueError(
-                f"expected an image (B, 3, H, W) with H and W multiples of {patch}, got {tuple(hidden_states.shape)}"
-            )
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"expected a chunk_size of at least 1 patch, got {chunk_size}")
-        if (encoder_hidden_states is None) != (self.text_embed is None):
-            expected = "no text (text_embed_dim=None)" if self.text_embed is None else "encoder_hidden_states"
-            raise ValueError(f"this model expects {expected}")
-        if attention_kwargs:  # "scale" is taken out before
-            raise ValueError(f'attention_kwargs: expected "scale" alone, got {", ".join(attention_kwargs)}, too')
-        if latents is not None:
-            latent_features = self.encode_latents(latents, height, width, return_aux_rgb)
-        if latent_features is None and (return_aux_rgb or self.config.aux_rgb_base):
-            raise ValueError("the auxiliary RGB image is predicted from latents: pass latents or latent_features")
-        if features_only and not return_features:
-            raise ValueError("features_only=True: expected return_features, the blocks whose features are wanted")
-        device, dtype = hidden_states.device, self.dtype
+        self._check_inputs(
+            hidden_states, encoder_hidden_states, latents is not None or latent_features is not None, return_features,
+            features_only, return_aux_rgb, chunk_size, image_rotary_emb, attention_kwargs,
+        )  # fmt: skip
+        batch, _, height, width = hidden_states.shape
+        patch, device, dtype = self.config.patch_size, hidden_states.device, self.dtype
         grid = (height // patch, width // patch)
         t = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(batch)
         image = hidden_states.to(dtype)
+        if latents is not None:
+            latent_features = self.encode_latents(latents, height, width, return_aux_rgb)
+        rotary, pixel_rotary = image_rotary_emb or self.image_rotary(height, width, device)
 
-        # Condition: c = SiLU(e_t). Period 10, angles in float32 (method: Network, 2).
+        # Time: e_t (B, 1, D) and the condition of the patch blocks, angles in float32 (eq. 9, 10).
         time = get_timestep_embedding(t, TIME_WIDTH, flip_sin_to_cos=True, downscale_freq_shift=0, max_period=10)
         time = self.time_embed(time.to(dtype))[:, None]
         condition = F.silu(time)
 
-        # Patch pathway: joint attention with text, latents injected through their gates.
-        rotary, pixel_rotary = image_rotary_emb or self.image_rotary(height, width, device)
-        if rotary[0].shape[1] != grid[0] * grid[1]:
-            raise ValueError(f"image_rotary_emb is of {rotary[0].shape[1]} patches, the image has {grid[0] * grid[1]}")
+        # Text (B, T, D).
         text, text_rope = None, None
         if self.text_embed is not None:
             text = self.text_embed(encoder_hidden_states.to(dtype))
             text_rope = text_rotary(text.shape[1], self.config.attention_head_dim, device)
+
+        # Patches h (B, L, D) meet the text in attention (eq. 12); latents come in through their gates (eq. 14).
         h = self.patch_embed(F.unfold(image, patch, stride=patch).transpose(1, 2))
         features = {}
         last = max(return_features) if features_only and return_features else len(self.patch_blocks) - 1
@@ -324,7 +319,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             result = PixelDecoderOutput(sample=None, features=wanted)  # type: ignore[arg-type]
             return result if return_dict else result.to_tuple()
 
-        # Pixel pathway: s conditions every pixel of its patch.
+        # Pixels (B, L, P^2, d): s (B, L, D) conditions those of each patch (eq. 15, 17).
         s = F.silu(time + h)
         if latent_features is not None and latent_features.pixel is not None:
             s = s + self.adapter.pixel_sigma_gate(s, latent_features.pixel, sigma)
@@ -334,17 +329,49 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         output = in_chunks(chunk_size, lambda x: self.proj_out(self.norm_out(x)), pixels)
         output = self._image(output, grid, patch).to(hidden_states.dtype)
 
+        # The velocity, or a clean image and the velocity that it stands for (eq. 3).
         if self.config.prediction_type == "sample":
             if self.config.aux_rgb_base:
                 base = latent_features.aux_rgb.to(output.dtype)
                 output = output + F.interpolate(base, size=(height, width), mode="bicubic")
             output = velocity_of_clean(hidden_states, output, t / 1000)
-        result = PixelDecoderOutput(
-            sample=output,
-            features=wanted,
-            aux_rgb=latent_features.aux_rgb if return_aux_rgb else None,
-        )
+        aux_rgb = latent_features.aux_rgb if return_aux_rgb else None
+        result = PixelDecoderOutput(sample=output, features=wanted, aux_rgb=aux_rgb)
         return result if return_dict else result.to_tuple()
+
+    def _check_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        has_latents: bool,
+        return_features: tuple[int, ...] | None,
+        features_only: bool,
+        return_aux_rgb: bool,
+        chunk_size: int | None,
+        image_rotary_emb: tuple[Rotary, Rotary] | None,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> None:
+        """Raises ValueError for what `forward` cannot take."""
+        _, channels, height, width = hidden_states.shape
+        patch = self.config.patch_size
+        if channels != 3 or height % patch or width % patch or not height * width:
+            raise ValueError(
+                f"expected an image (B, 3, H, W) with H and W multiples of {patch}, got {tuple(hidden_states.shape)}"
+            )
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"expected a chunk_size of at least 1 patch, got {chunk_size}")
+        if (encoder_hidden_states is None) != (self.text_embed is None):
+            expected = "no text (text_embed_dim=None)" if self.text_embed is None else "encoder_hidden_states"
+            raise ValueError(f"this model expects {expected}")
+        if attention_kwargs:  # "scale" is taken out before
+            raise ValueError(f'attention_kwargs: expected "scale" alone, got {", ".join(attention_kwargs)}, too')
+        if not has_latents and (return_aux_rgb or self.config.aux_rgb_base):
+            raise ValueError("the auxiliary RGB image is predicted from latents: pass latents or latent_features")
+        if features_only and not return_features:
+            raise ValueError("features_only=True: expected return_features, the blocks whose features are wanted")
+        count = height // patch * (width // patch)
+        if image_rotary_emb is not None and (given := image_rotary_emb[0][0].shape[1]) != count:
+            raise ValueError(f"image_rotary_emb is of {given} patches, the image has {count}")
 
     def _run(self, block: nn.Module, *args):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -352,9 +379,10 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         return block(*args)
 
     def _pixels(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> pixel tokens (B, L, P^2, d), patches and pixels in them row by row."""
+        """(B, 3, H, W) -> pixel tokens (B, L, P^2, d) with their places (eq. 16); patches, and the pixels in them, go
+        row by row."""
         patch, half = self.config.patch_size, self.config.pixel_dim // 2
-        # (B, Hp, Wp, P, P, 3): three channels are cheaper to bring in order than d.
+        # (B, Hp, Wp, P, P, 3), before the embedding: reordering three channels is cheaper than d.
         x = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
         pixels = self.pixel_embed(x)
         column, row = (
@@ -385,7 +413,7 @@ _SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb", "
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Refuse what no network can have.
+    """Refuse arguments that no network can have.
 
     Raises:
         ValueError: naming the first such argument, and what was expected.
@@ -414,9 +442,3 @@ def _check(config: Mapping[str, Any]) -> None:
         )
     if config["aux_rgb_base"] and not (config["aux_rgb"] and config["prediction_type"] == "sample"):
         raise ValueError('aux_rgb_base needs aux_rgb=True and prediction_type="sample"')
-
-
-def _our_layer(name: str) -> str:
-    name = re.sub(r"\bto_[qkv]$", "to_qkv", name)
-    name = re.sub(r"\badd_[qkv]_proj$", "add_qkv", name)
-    return re.sub(r"\bto_out\.0$", "to_out", name)
