@@ -16,14 +16,11 @@ from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.training.config import Data, Lora, Optimizer, Run
 from pixeldecoder.training.data import Batch
 from pixeldecoder.training.distill import StudentStage
+from pixeldecoder.training.network import add_lora, build_network, freeze_unused, read_architecture
 from pixeldecoder.training.parts import (
     Average,
     Part,
     TrainingError,
-    add_lora,
-    build_network,
-    freeze_unused,
-    read_architecture,
     update,
 )
 from pixeldecoder.training.teacher import TeacherStage
