@@ -505,7 +505,7 @@ def test_settings_of_training(args, kind, settings, monkeypatch, capsys):
 
 
 def test_a_benchmark_as_asked_for(monkeypatch, capsys):
-    from pixeldecoder.evaluation import benchmark
+    from pixeldecoder import benchmark
 
     asked = []
     monkeypatch.setattr(benchmark, "benchmark", lambda *args: asked.append(args) or {"rows": []})
@@ -521,7 +521,9 @@ def test_a_benchmark_as_asked_for(monkeypatch, capsys):
 
 
 def test_an_evaluation_as_asked_for(monkeypatch, capsys):
-    from pixeldecoder.evaluation import report, run
+    from pixeldecoder.evaluation import report, study
+    from pixeldecoder.evaluation.cases import Source
+    from pixeldecoder.evaluation.study import Baselines, LatentModel
 
     given, written = {}, []
 
@@ -533,7 +535,7 @@ def test_an_evaluation_as_asked_for(monkeypatch, capsys):
         def run(self):
             pass
 
-    monkeypatch.setattr(run, "Study", Study)
+    monkeypatch.setattr(study, "Study", Study)
     monkeypatch.setattr(report, "write_report", written.append)
     options = (
         "--output out --baselines lanczos vae --steps 4 2 --sigmas 0 0.4 --as-if-clean --crop 64 --limit 3 --scale 2 "
@@ -542,12 +544,14 @@ def test_an_evaluation_as_asked_for(monkeypatch, capsys):
     )
     assert main(["evaluate", "photos", *options.split()]) == 0
     expected = dict(
-        source="photos", output=Path("out"), baselines=("lanczos", "vae"), steps=(4, 2), sigmas=(0.0, 0.4), crop=64,
-        as_if_clean=True, limit=3, scale=2, vae="v", stops=("5", "auto"), metrics=("psnr",), seed=9, device="cpu",
-        weights={"fid": Path("f.pt")}, pipe=None, pipe_kwargs={"a": 1},
-        call_kwargs=dict(tile_size=64, tile_overlap=8, chunk_size=3, max_memory=None),
+        source=Source(path="photos", sigmas=(0.0, 0.4), crop=64, limit=3, stops=("5", "auto")), output=Path("out"),
+        baselines=Baselines(names=("lanczos", "vae"), scale=2, vae="v"), metrics=("psnr",), seed=9, device="cpu",
+        weights={"fid": Path("f.pt")}, latent_model=LatentModel(load=None, kwargs={"a": 1}),
         identity=dict(encoder="nano", model=None, tile="64", tile_overlap=8, quantize="int8", attention="auto",
                       dtype="torch.float32"),
     )  # fmt: skip
-    assert {name: given[name] for name in expected} == expected and list(given["decoders"]) == ["nano"]
+    assert {name: given[name] for name in expected} == expected
+    decoders = given["decoders"]
+    assert list(decoders.load) == ["nano"] and decoders.steps == (4, 2) and decoders.as_if_clean
+    assert decoders.call_kwargs == dict(tile_size=64, tile_overlap=8, chunk_size=3, max_memory=None)
     assert written == [Path("out")] and capsys.readouterr().out == f"{Path('out/report.html')}\n"

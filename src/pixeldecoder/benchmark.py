@@ -293,7 +293,7 @@ def _decoder_maker(task: dict[str, Any], parts: list[str]) -> tuple[MakeImage, d
 
 
 def _baseline_maker(task: dict[str, Any], name: str) -> MakeImage:
-    """What decoding by others takes; speed does not depend on the weights' values."""
+    """Other decoders, with random weights, which are as fast as trained ones."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -349,7 +349,7 @@ _ENDS = (("down", "EncoderBlock"), ("up", "DecoderBlock"))
 
 
 def _serve(task: dict[str, Any]) -> None:
-    """A worker's life: warm up, run when asked, report."""
+    """What a worker process does: warm up, make an image when asked, report."""
     parts = check_configuration(task["configuration"])
     baseline = next((part for part in parts if part in BASELINES), None)
     run, facts = (_baseline_maker(task, baseline), {}) if baseline else _decoder_maker(task, parts)

@@ -1,10 +1,10 @@
-"""An axis of a matplotlib figure in, the same axis with a scale that people can read out."""
+"""An axis of a matplotlib figure in, the same axis with a scale that people can read, out."""
 
 from typing import Any
 
 
 def scale_log(axis: Any) -> None:
-    """A logarithmic scale with plain numbers, whatever its range: of an `XAxis` or `YAxis` that all is drawn on."""
+    """Make an `XAxis` or `YAxis` logarithmic, once all is drawn, with plain numbers at its ticks whatever its range."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})

@@ -810,7 +810,7 @@ class Evaluate(TextEncoder, Execution):
                 steps=self.steps, as_if_clean=self.as_if_clean, call_kwargs=self.layout_kwargs(),
             ),
             baselines=Baselines(names=self.baselines, vae=self.vae, scale=self.scale),
-            latent_model=None if self.model is None else LatentModel(load=pipe, kwargs=extra),
+            latent_model=LatentModel(load=None if self.model is None else pipe, kwargs=extra),
             metrics=self.metrics, weights=self.weights, seed=self.seed, device=device,
             identity={
                 name: getattr(self, name)

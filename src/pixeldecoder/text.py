@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pixeldecoder.errors import require
 from pixeldecoder.files import write_whole
 from pixeldecoder.hub import download, is_hub_id, unreachable
 from pixeldecoder.presets import TEXT_ENCODER
@@ -131,12 +132,8 @@ class PromptEncoder:
             kwargs = {}
             if self.quantization is not None:
                 from transformers import BitsAndBytesConfig
-                from transformers.utils import is_bitsandbytes_available
 
-                if not is_bitsandbytes_available():
-                    raise ValueError(
-                        'a quantised text encoder needs bitsandbytes: pip install "pixeldecoder[quantize]"'
-                    )
+                require("a quantised text encoder", "quantize", "bitsandbytes")
                 bits = {"8bit": dict(load_in_8bit=True), "4bit": dict(load_in_4bit=True)}[self.quantization]
                 kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": device})
             name = os.path.expanduser(self.name)

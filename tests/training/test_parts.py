@@ -17,7 +17,12 @@ from pixeldecoder.training.config import Data, Lora, Optimizer, Run
 from pixeldecoder.training.data import Batch
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.network import add_lora, build_network, freeze_unused, read_architecture
-from pixeldecoder.training.parts import Average, Part, TrainingError, update
+from pixeldecoder.training.parts import (
+    Average,
+    Part,
+    TrainingError,
+    update,
+)
 from pixeldecoder.training.teacher import TeacherStage
 from training.conftest import write_photos
 

@@ -21,13 +21,12 @@ from pixeldecoder.files import load_image, to_image, to_tensor
 
 CROP = 320
 """Side in pixels of the crops that are shown."""
-
 SHOWN = 3
 """Worst and best pictures shown of each decoder."""
 
 
 class CropComparison(NamedTuple):
-    """One place, as everybody shows it; all pictures are of one size."""
+    """The same place in every method's image; all pictures are of one size."""
 
     title: str
     pictures: dict[str, Image.Image]
@@ -52,7 +51,7 @@ class CropComparison(NamedTuple):
 
 
 def headline_metrics(metrics: list[Metric]) -> list[Metric]:
-    """What plots and cases go by: what is seen first, then fidelity, then texture; else the first there is."""
+    """What is plotted; the first ranks the pictures. Perception, then fidelity, then texture; else any metric."""
     order = ("lpips", "squeezenet", "dists", "musiq", "psnr", "texture")
     return sorted((m for m in metrics if m.name in order), key=lambda m: order.index(m.name)) or metrics[:1]
 
@@ -115,7 +114,7 @@ def plot_scores(rows: Rows, metrics: list[Metric]) -> str:
 
 
 def compare_crops(output: Path, rows: Rows, metrics: list[Metric]) -> list[CropComparison]:
-    """Of each decoder's first setting, the worst and the best pictures, with everybody's crop where it is worst."""
+    """The worst and best pictures of each decoder's first setting: all methods' crops where its error is largest."""
     headline = headline_metrics(metrics)
     cases = []
     decoders = {s.method: s for s in reversed(rows) if s.steps is not None} or {s.method: s for s in list(rows)[:1]}

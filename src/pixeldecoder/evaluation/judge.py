@@ -107,7 +107,7 @@ def judge(
 
 
 def _ask(url: str, model: str, key: str, content: list[dict[str, Any]]) -> str:
-    """Not through huggingface_hub, which asks nobody, not even this machine, where HF_HUB_OFFLINE is set."""
+    """Without huggingface_hub, which refuses every request, even to this machine, where HF_HUB_OFFLINE is set."""
     body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0.0}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)

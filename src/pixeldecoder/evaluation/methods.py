@@ -36,7 +36,7 @@ class Setting:
     method: str
     """A decoder or a baseline."""
     steps: int | None = None
-    """Of a decoder."""
+    """Sampling steps of a decoder; `None` for a baseline."""
     sigma: float | None = None
     """Noise level that the latents of pictures are given; `None` for what uses none, and for prompts."""
     told: float | None = None
@@ -88,7 +88,7 @@ class Workspace(NamedTuple):
     """What every method's images depend on."""
 
     output: Path
-    """Where `latents_path` is."""
+    """Folder of the evaluation."""
     prompts: bool
     seed: int
     scale: int
@@ -176,7 +176,7 @@ class Facts(NamedTuple):
     scale: int
     frame: Frame
     steps: int
-    """That it is made for."""
+    """Sampling steps that it is made for."""
     student: bool
 
     def check(self, steps: int) -> None:

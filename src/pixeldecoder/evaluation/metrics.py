@@ -19,7 +19,7 @@ from pixeldecoder.files import to_image
 from pixeldecoder.pictures import psnr
 
 Score = Callable[[torch.Tensor, Any, str], float]
-"""Of an image (1, 3, H, W) in [-1, 1], the truth of the same shape or `None`, and the prompt."""
+"""From an image (1, 3, H, W) in [-1, 1], the truth of the same shape or `None`, and the prompt."""
 
 Way = Literal["higher", "lower", "zero", "one"]
 
@@ -30,7 +30,7 @@ WAYS: tuple[Way, ...] = get_args(Way)
 class Metric:
     name: str
     better: Way
-    """Which way, or which value is the right one."""
+    """Which way is better, or which value is right."""
     load: Callable[[torch.device, dict[str, Path]], Any]
     """Makes the `Score`, from weights given by name and path; any error means that it cannot be had here."""
     title: str
@@ -69,7 +69,7 @@ def find_metrics(names: Iterable[str], weights: dict[str, Path]) -> list[Metric]
 def load_metrics(
     metrics: Iterable[Metric], device: torch.device, weights: dict[str, Path]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What each metric is computed by, and why the others are skipped, both by name."""
+    """What computes each metric, and why the others are skipped, both by name."""
     for name, path in weights.items():
         if not path.exists():
             raise ValueError(f"weights of {name}: {path}: no such file")
@@ -104,7 +104,7 @@ def measure(
 
 
 def _reason(error: Exception) -> str:
-    """In one line; before what is no sentence of ours, its kind."""
+    """An error in one line, with its type unless the text is ours."""
     text = str(error).strip().split("\n")[0][:200]
     return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
 

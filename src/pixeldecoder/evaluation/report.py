@@ -126,6 +126,6 @@ def _write_markdown(output: Path, context: dict[str, Any]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Names of pictures and methods are whatever they are: one line, that Markdown and HTML take as it stands."""
+    """A text, such as the name of a picture, in one line that Markdown and HTML show as it stands."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#~])", r"\\\1", text)

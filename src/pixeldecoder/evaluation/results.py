@@ -219,7 +219,7 @@ _NO_METRICS = {"image", "file", *Setting.__dataclass_fields__}
 
 
 def _setting(content: dict[str, Any]) -> Setting:
-    """Raises KeyError or TypeError for what is none."""
+    """Raises KeyError or TypeError for what is no setting."""
     setting = Setting(**{name: content[name] for name in Setting.__dataclass_fields__})
     numbers = isinstance(setting.steps, int | None) and _is_number(setting.sigma) and _is_number(setting.told)
     if not (isinstance(setting.method, str) and isinstance(setting.stop, str | None) and numbers):
@@ -228,7 +228,7 @@ def _setting(content: dict[str, Any]) -> Setting:
 
 
 def _is_number(value: Any) -> bool:
-    """Or nothing."""
+    """Whether it is a finite number, or `None`."""
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 

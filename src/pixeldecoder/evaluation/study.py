@@ -80,7 +80,7 @@ class Baselines:
 class LatentModel:
     """What makes latents of prompts: `load` loads the diffusers pipeline, `kwargs` are for its call."""
 
-    load: Callable[[], Any]
+    load: Callable[[], Any] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,7 +100,7 @@ class Study:
     output: Path
     decoders: Decoders = Decoders()
     baselines: Baselines = Baselines()
-    latent_model: LatentModel | None = None
+    latent_model: LatentModel = LatentModel()
     metrics: tuple[str, ...] = ()
     weights: dict[str, Path] = field(default_factory=dict)
     seed: int = 0
@@ -161,7 +161,7 @@ class Study:
             "crop": self.source.crop,
             "scale": scale,
             "vae": self.baselines.vae,
-            "pipe_kwargs": self.latent_model.kwargs if self.latent_model else {},
+            "pipe_kwargs": self.latent_model.kwargs,
         }
 
     def _facts(self) -> list[Facts]:
@@ -174,7 +174,7 @@ class Study:
             raise ValueError(f"decoders of different scale do not fit in one table: {listed}: evaluate them separately")
         if not facts and self.baselines.scale < 1:
             raise ValueError(f"scale {self.baselines.scale}: expected at least 1")
-        if self.source.prompts and self.latent_model is None:
+        if self.source.prompts and self.latent_model.load is None:
             raise ValueError("prompts need a latent model that follows them: give a diffusers pipeline")
         return list(facts.values())
 
@@ -235,7 +235,7 @@ class Study:
 
     def _generate(self, cases: Cases, workspace: Workspace) -> None:
         """Latents for every stop, in full runs for those that are not there."""
-        assert self.latent_model is not None
+        assert self.latent_model.load is not None
         pipe = None
         for case in tqdm(cases.share(self.state), desc="latents", disable=not self.state.is_main_process):
             for stop in self.source.stops:

@@ -10,15 +10,13 @@ from pixeldecoder.evaluation.methods import Setting
 from pixeldecoder.evaluation.metrics import METRICS, Metric
 
 RESAMPLES = 2000
-"""Of the bootstrap."""
-
+"""How often the bootstrap draws the images anew."""
 GROUPS = {
     "Fidelity": ("psnr", "psnr_y", "ssim", "ssim_y", "ms_ssim"),
     "Colour, spectrum, texture": (
         "ciede2000", "colour_shift", "spectral_error", "texture", "texture_flat", "texture_textured", "border",
     ),
 }  # fmt: skip
-
 ARROWS = {"higher": "↑", "lower": "↓", "zero": "→ 0", "one": "→ 1"}
 
 Rows = dict[Setting, dict[str, dict[str, Any]]]

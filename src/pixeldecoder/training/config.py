@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+from pixeldecoder.errors import require
 from pixeldecoder.files import check_writable
 from pixeldecoder.presets import TEXT_ENCODER
 
@@ -318,15 +319,15 @@ def check(config: Run) -> None:
     check_writable(config.output / "config.yaml")
     if config.export is not None:
         check_writable(config.export / "training.yaml")
-    require("pydantic", "yaml", "matplotlib")
+    require("training", "train", "pydantic", "yaml", "matplotlib")
     if config.tracker == "tensorboard":
-        require("tensorboard")
+        require("training", "train", "tensorboard")
     elif config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ValueError("tracker wandb: pip install wandb")
     if config.lora.rank:
-        require("peft")
+        require("training", "train", "peft")
     if ".tar" in config.data.source:
-        require("webdataset", "braceexpand")
+        require("training", "train", "webdataset", "braceexpand")
 
 
 def _check_bounds(config: Any, prefix: str = "") -> None:
@@ -340,19 +341,13 @@ def _check_bounds(config: Any, prefix: str = "") -> None:
                     raise ValueError(f"{prefix}{name} {number}: expected {bounds}")
 
 
-def require(*modules: str) -> None:
-    """Raises ValueError, which says how to install them, where modules of the training's extra are missing."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"training needs {' and '.join(missing)}: pip install 'pixeldecoder[train]'")
-
-
 def read_yaml(path: Path, default: Run) -> Run:
     """`default` with what the file sets.
 
     Raises:
         ValueError: no such file, a key that does not exist or a value of another type; the message names it.
     """
-    require("pydantic", "yaml")
+    require("training", "train", "pydantic", "yaml")
     from pydantic import ValidationError
 
     try:

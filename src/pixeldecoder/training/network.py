@@ -1,5 +1,6 @@
 """A run's configuration in, the network it trains out: with LoRA, frozen where no loss reaches."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,6 @@ def read_architecture(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: unreadable, or an argument that does not exist.
     """
-    import inspect
-
     import yaml
 
     try:
