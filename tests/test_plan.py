@@ -33,14 +33,13 @@ import json, sys
 import torch
 import pixeldecoder.pipeline
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.benchmark import peak_resident
-from pixeldecoder.plan import plan
+from pixeldecoder.plan import measured_peak, plan
 planned = []
 pixeldecoder.pipeline.plan = lambda *a, **k: planned.append(plan(*a, **k)) or planned[0]
 size, kwargs = json.loads(sys.argv[1])
 pipeline = PixelDecoderPipeline.from_pretrained("nano")
 pipeline(torch.randn(1, 16, size // 32, size // 32), num_inference_steps=1, **kwargs)
-print(json.dumps([planned[0].tiles.count, planned[0].memory, peak_resident()]))
+print(json.dumps([planned[0].tiles.count, planned[0].memory, measured_peak(pipeline.device)]))
 """
 
 
@@ -135,19 +134,14 @@ def test_chunks_and_overlap_by_default():
     for device, patches in ("cpu", 256), ("cuda", 4096):
         assert default_chunk_size(model, torch.device(device)) == patches
     assert default_chunk_size(released(torch.float32), torch.device("cuda")) == 2048
-    device = torch.device("cuda")
-    assert plan(model, 4096, 4096, limits=Limits(max_memory="80GB"), trained_size=2048, device=device).tiles == Tiles(
-        1408, 1408, (0, 1344, 2688), (0, 1344, 2688), 64
-    )
-    assert (
-        plan(model, 4096, 4096, limits=Limits(tile_size=128, max_memory="80GB"), device=device).tiles.overlap == 32
-    )  # a quarter
-    assert (
-        plan(
-            model, 4096, 4096, limits=Limits(tile_size=512, tile_overlap=16, max_memory="80GB"), device=device
-        ).tiles.overlap
-        == 16
-    )
+
+    def tiles(**limits) -> Tiles:
+        limits = Limits(**limits, max_memory="80GB")
+        return plan(model, 4096, 4096, limits=limits, trained_size=2048, device=torch.device("cuda")).tiles
+
+    assert tiles() == Tiles(1408, 1408, (0, 1344, 2688), (0, 1344, 2688), 64)
+    assert tiles(tile_size=128).overlap == 32  # a quarter
+    assert tiles(tile_size=512, tile_overlap=16).overlap == 16
 
 
 @pytest.mark.parametrize(
@@ -171,14 +165,8 @@ def test_chunks_and_overlap_by_default():
 def test_memory_by_hand(config, chunk_size, kwargs, expected, monkeypatch):
     """Two images of 64 x 64 px, 32 patches of 2 of 16 px, and 5 text tokens to each, in float32."""
     monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 1000)
-    chosen = plan(
-        tiny_model(**config),
-        64,
-        64,
-        2,
-        5,
-        limits=Limits(chunk_size=chunk_size, **dict(tile_size=None, max_memory="80GB") | kwargs),
-    )
+    limits = Limits(**dict(tile_size=None, chunk_size=chunk_size, max_memory="80GB") | kwargs)
+    chosen = plan(tiny_model(**config), 64, 64, 2, 5, limits)
     assert chosen.memory == pytest.approx(1000 + 96 * 2**20 + expected, abs=2)
 
 
@@ -187,13 +175,8 @@ def test_weights_elsewhere_are_counted(monkeypatch):
     monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 0)
     model, limits = tiny_model(**TINY), Limits(tile_size=None, max_memory="80GB")
     here = plan(model, 64, 64, limits=limits).memory
-    there = plan(
-        model,
-        64,
-        64,
-        limits=replace(limits, chunk_size=plan(model, 64, 64, limits=limits).chunk_size),
-        device=torch.device("cuda"),
-    )
+    limits = replace(limits, chunk_size=plan(model, 64, 64, limits=limits).chunk_size)
+    there = plan(model, 64, 64, limits=limits, device=torch.device("cuda"))
     assert there.memory - here == 4 * sum(p.numel() for p in model.parameters())
     largest = max(
         sum(p.numel() for p in m.parameters()) for m in (*model.patch_blocks, *model.pixel_blocks, model.adapter)
@@ -219,7 +202,7 @@ def test_limit_of_a_container(monkeypatch, tmp_path):
     for limit, free in ("max", 50_000), ("40000", 30_000), ("900000", 50_000):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert memory_budget(cpu) == 1000 + 0.95 * free
-    assert memory_budget(cpu, "2GB") == 2 * 10**9
+    assert memory_budget(cpu, "2GB") == memory_budget(cpu, "2000000000") == 2 * 10**9
 
 
 def test_operations_are_those_of_all_tiles_and_images():
@@ -304,7 +287,7 @@ def test_a_plan_in_words():
 )
 def test_plans_that_cannot_be(given, message):
     with pytest.raises(ValueError, match=message):
-        plan(tiny_model(), 128, 128, tile_overlap=given.pop("tile_overlap", 0), **given)
+        plan(tiny_model(), 128, 128, limits=Limits(**{"tile_overlap": 0} | given))
 
 
 def test_chunks_are_tried_in_quarters(monkeypatch):
@@ -317,7 +300,7 @@ def test_chunks_are_tried_in_quarters(monkeypatch):
 
     monkeypatch.setattr("pixeldecoder.plan.peak_memory", peak_memory)
     monkeypatch.setattr("pixeldecoder.plan.CHUNK_BYTES", {"cpu": 4 * 256 * 8 * 4 * 300})
-    chosen = plan(tiny_model(), 128, 128, tile_overlap=0, max_memory=1)
+    chosen = plan(tiny_model(), 128, 128, limits=Limits(tile_overlap=0, max_memory=1))
     assert tried == [(side, chunk) for side in (128, 64) for chunk in (300, 75, 18, 16)] + [(32, 300)]
     assert (chosen.chunk_size, chosen.tiles.count) == (300, 16)
     monkeypatch.setattr("pixeldecoder.plan.CHUNK_BYTES", {"cpu": 1})

@@ -7,7 +7,6 @@ machine that slows down slows all of them.
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pixeldecoder.files import write_whole
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.performance import Quantization, compile_blocks, quantize, set_attention
 from pixeldecoder.pipeline import PixelDecoderPipeline
-from pixeldecoder.plan import Limits, count_flops, measure_rates, plan
+from pixeldecoder.plan import Limits, count_flops, measure_rates, measured_peak, plan
 from pixeldecoder.presets import PRESETS
 
 MakeImage = Callable[[], torch.Tensor]
@@ -210,21 +209,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
 
 
-def peak_resident() -> int:
-    """Most bytes of memory that this process has had. (Linux's `ru_maxrss` begins with the parent's.)"""
-    for line in _lines("/proc/self/status"):
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _cpu_name() -> str:
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return names[0] if names else "CPU"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 def _pipeline(task: dict[str, Any], parts: list[str]) -> PixelDecoderPipeline:
@@ -359,7 +347,7 @@ def _serve(task: dict[str, Any]) -> None:
     for line in sys.stdin:
         answer: dict[str, Any] = {}
         if line.strip() == "report":
-            answer = facts | {"peak_memory": torch.cuda.max_memory_allocated() if on_gpu else peak_resident()}
+            answer = facts | {"peak_memory": measured_peak(torch.device(task["device"]))}
         else:
             start = time.perf_counter()
             image = run()

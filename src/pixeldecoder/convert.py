@@ -1,10 +1,11 @@
-"""Reference checkpoint in, diffusers model out, and back: names change, numbers do not."""
+"""The reference's checkpoint in, our tensors and configuration out, and back: names change, numbers do not."""
 
 import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import PRESETS, Preset, find_preset
 
 logger = logging.get_logger(__name__)
+
+SETTINGS = "pixeldecoder"
+"""Key of the metadata in which a `.safetensors` file keeps the network's arguments and the pipeline's settings."""
 
 # Reference name, our name. `*` stands for a block's number; a name that ends in a dot is a prefix.
 _NAMES = [
@@ -143,7 +147,9 @@ def convert_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict
     ours = {new: state[name].reshape(state[name].shape or (1,)) for name, new in converted.items() if new is not None}
     for name in [n for n in ours if _PIXEL_ADALN.match(n)]:
         block, leaf = name.split(".adaln.")
-        rows = ours.pop(name).unflatten(0, (-1, 6, _pixel_dim(ours, block))).transpose(0, 1)  # (6, P^2, d)
+        rows = (
+            ours.pop(name).unflatten(0, (-1, 6, _shape(ours, f"{block}.norm1.weight")[0])).transpose(0, 1)
+        )  # (6, P^2, d)
         ours[f"{block}.adaln_in.{leaf}"], ours[f"{block}.adaln_out.{leaf}"] = (
             part.flatten(0, 2).contiguous() for part in rows.split((2, 4))
         )
@@ -151,12 +157,12 @@ def convert_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict
 
 
 def export_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse: this library's tensors under the reference's names, without prefix, the adaLN layout in one."""
+    """The inverse: this library's tensors under the reference's names, without prefix, each adaLN in one tensor."""
     state_dict = dict(state_dict)
     for name in [n for n in state_dict if ".adaln_in." in n]:
         block, leaf = name.split(".adaln_in.")
         parts = [state_dict.pop(f"{block}.{part}.{leaf}") for part in ("adaln_in", "adaln_out")]
-        width = _pixel_dim(state_dict, block)
+        width = _shape(state_dict, f"{block}.norm1.weight")[0]
         rows = torch.cat([part.unflatten(0, (count, -1, width)) for part, count in zip(parts, (2, 4), strict=True)])
         state_dict[f"{block}.adaln.{leaf}"] = rows.transpose(0, 1).flatten(0, 2)
     exported = {name: _rename(name, _TO_REFERENCE) for name in state_dict}
@@ -183,35 +189,7 @@ def infer_config(state_dict: Mapping[str, torch.Tensor], preset: Preset | None =
     Raises:
         ValueError: not a PiD network, or no released network is like it and something is left open.
     """
-
-    def shape(name: str) -> torch.Size:
-        if name not in state_dict:
-            raise ValueError(f"not a PiD checkpoint: it has no tensor {name}")
-        return state_dict[name].shape
-
-    def count(pattern: str) -> int:
-        return len({m.group(1) for name in state_dict if (m := re.match(pattern, name))})
-
-    dim, patch_numel = shape("patch_embed.weight")
-    attn_dim, pixel_numel = shape("pixel_blocks.0.compress.weight")
-    head_dim = shape("patch_blocks.0.attn.norm_q.weight")[0]
-    pixel_head_dim = shape("pixel_blocks.0.attn.norm_q.weight")[0]
-    patch_size = math.isqrt(patch_numel // 3)
-    config: dict[str, Any] = {
-        "patch_size": patch_size,
-        "num_layers": count(r"patch_blocks\.(\d+)\."),
-        "num_attention_heads": dim // head_dim,
-        "attention_head_dim": head_dim,
-        "num_pixel_layers": count(r"pixel_blocks\.(\d+)\."),
-        "pixel_dim": pixel_numel // patch_size**2,
-        "num_pixel_attention_heads": attn_dim // pixel_head_dim,
-        "pixel_attention_head_dim": pixel_head_dim,
-        "text_embed_dim": None,
-        "latent_channels": None,
-    }
-    if "text_embed.proj.weight" in state_dict:
-        config["text_embed_dim"] = shape("text_embed.proj.weight")[1]
-        config["max_text_length"] = shape("text_embed.positions")[1]
+    config = _infer_backbone(state_dict)
     if "adapter.convs.0.weight" not in state_dict:
         if preset is None and "rope_reference_size" not in overrides:
             raise ValueError(
@@ -220,25 +198,20 @@ def infer_config(state_dict: Mapping[str, torch.Tensor], preset: Preset | None =
             )
         return config | (preset.config if preset else {}) | overrides
 
-    adapter_dim, cells = shape("adapter.convs.0.weight")[:2]
+    adapter_dim, cells = _shape(state_dict, "adapter.convs.0.weight")[:2]
     config |= {
         "adapter_dim": adapter_dim,
-        "num_adapter_layers": count(r"adapter\.convs\.(\d+)\.block"),
-        "injection_interval": -(-config["num_layers"] // count(r"adapter\.heads\.(\d+)\.")),
-        "per_channel_gate": shape("adapter.sigma_gates.0.proj.weight")[0] > 1,
+        "num_adapter_layers": _count(state_dict, r"adapter\.convs\.(\d+)\.block"),
+        "injection_interval": -(-config["num_layers"] // _count(state_dict, r"adapter\.heads\.(\d+)\.")),
+        "per_channel_gate": _shape(state_dict, "adapter.sigma_gates.0.proj.weight")[0] > 1,
         "inject_pixels": "adapter.pixel_head.weight" in state_dict,
         "aux_rgb": "adapter.aux_rgb_head.norm.weight" in state_dict,
     }
-    if preset is None:
-        preset = _released_like(adapter_dim, cells)
-    open_keys = (
-        "latent_channels", "latent_downscale_factor", "scale", "unpack_latents", "adapter_padding_mode",
-        "rope_reference_size",
-    )  # fmt: skip
+    preset = preset or _released_like(adapter_dim, cells)
     if preset is not None:
-        defaults = {name: p.default for name, p in inspect.signature(PixelDecoderTransformer2DModel).parameters.items()}
-        config |= {key: preset.config.get(key, defaults[key]) for key in open_keys}
-    elif left_open := [key for key in open_keys if key not in overrides]:
+        parameters = inspect.signature(PixelDecoderTransformer2DModel).parameters
+        config |= {name: preset.config.get(name, parameters[name].default) for name in _NOT_IN_SHAPES}
+    elif left_open := [name for name in _NOT_IN_SHAPES if name not in overrides]:
         raise ValueError(
             f"no released network has an adapter of width {adapter_dim} on {cells} channels, and these cannot be told "
             f"from the tensors: {', '.join(left_open)}. Give them as arguments, or a release name"
@@ -246,11 +219,52 @@ def infer_config(state_dict: Mapping[str, torch.Tensor], preset: Preset | None =
     return config | overrides
 
 
+_NOT_IN_SHAPES = (
+    "latent_channels", "latent_downscale_factor", "scale", "unpack_latents", "adapter_padding_mode",
+    "rope_reference_size",
+)  # fmt: skip
+
+
+def _infer_backbone(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments of a network without latents."""
+    dim, patch_numel = _shape(state_dict, "patch_embed.weight")
+    attn_dim, pixel_numel = _shape(state_dict, "pixel_blocks.0.compress.weight")
+    head_dim = _shape(state_dict, "patch_blocks.0.attn.norm_q.weight")[0]
+    pixel_head_dim = _shape(state_dict, "pixel_blocks.0.attn.norm_q.weight")[0]
+    patch_size = math.isqrt(patch_numel // 3)
+    config: dict[str, Any] = {
+        "patch_size": patch_size,
+        "num_layers": _count(state_dict, r"patch_blocks\.(\d+)\."),
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "num_pixel_layers": _count(state_dict, r"pixel_blocks\.(\d+)\."),
+        "pixel_dim": pixel_numel // patch_size**2,
+        "num_pixel_attention_heads": attn_dim // pixel_head_dim,
+        "pixel_attention_head_dim": pixel_head_dim,
+        "text_embed_dim": None,
+        "latent_channels": None,
+    }
+    if "text_embed.proj.weight" in state_dict:
+        config["text_embed_dim"] = _shape(state_dict, "text_embed.proj.weight")[1]
+        config["max_text_length"] = _shape(state_dict, "text_embed.positions")[1]
+    return config
+
+
+def _shape(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Size:
+    if name not in state_dict:
+        raise ValueError(f"not a PiD checkpoint: it has no tensor {name}")
+    return state_dict[name].shape
+
+
+def _count(state_dict: Mapping[str, torch.Tensor], pattern: str) -> int:
+    """Different numbers in the names that match."""
+    return len({match.group(1) for name in state_dict if (match := re.match(pattern, name))})
+
+
 def _released_like(adapter_dim: int, cells: int) -> Preset | None:
+    """By the adapter's width and its input channels."""
     for preset in PRESETS.values():
-        channels = preset.config.get("latent_channels", 16)
-        if preset.config.get("unpack_latents"):
-            channels //= 4
+        channels = preset.config.get("latent_channels", 16) // (4 if preset.config.get("unpack_latents") else 1)
         if preset.latent_space and preset.config.get("adapter_dim", 512) == adapter_dim and channels == cells:
             return preset
     return None
@@ -279,8 +293,8 @@ def read_reference(
         ValueError: an unreadable file, or as `infer_config`.
     """
     state = convert_reference_state_dict(load_checkpoint(path))
-    told = {} if preset else read_settings(path).get("network", {})
-    return state, infer_config(state, find_preset(path, preset), **(told | overrides))
+    written = {} if preset else read_settings(path).get("network", {})
+    return state, infer_config(state, find_preset(path, preset), **(written | overrides))
 
 
 def load_reference_model(
@@ -293,12 +307,9 @@ def load_reference_model(
     Raises:
         ValueError: an unreadable file, or missing or unexpected tensors, which the message lists.
     """
-    try:
+    with _naming(path):
         state, config = read_reference(path, preset, **overrides)
-        model = _network(config, path)
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    _fill(model, state, path)
+        model = _network(config, state, path)
     return model if dtype is None else model.to(dtype)
 
 
@@ -315,34 +326,28 @@ def load_folder(path: str | Path) -> PixelDecoderTransformer2DModel:
     shards = sorted(path.glob("*.safetensors"))
     if not shards or not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a diffusers folder with config.json and .safetensors files")
-    config = {key: value for key, value in _read_json(path / "config.json").items() if key != "auto_map"}
+    config = {k: v for k, v in _read_json(path / "config.json").items() if k[:1] != "_" and k != "auto_map"}
+    with _naming(path):
+        state = {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}
+        return _network(config, state, path)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Puts a path before errors that do not name it."""
     try:
-        model = _network({key: value for key, value in config.items() if key[:1] != "_"}, path)
+        yield
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    _fill(model, {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}, path)
-    return model
 
 
-def _network(config: dict[str, Any], source: str | Path) -> PixelDecoderTransformer2DModel:
-    """Without weights."""
+def _network(
+    config: dict[str, Any], state: dict[str, torch.Tensor], source: str | Path
+) -> PixelDecoderTransformer2DModel:
+    """A network of these arguments and tensors, which must be all of its own."""
     check_arguments(PixelDecoderTransformer2DModel, config, source)
     with torch.device("meta"):
-        return PixelDecoderTransformer2DModel(**config)
-
-
-def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], source: str | Path) -> None:
-    """Refuse settings from a file that a class of this version does not take.
-
-    Raises:
-        ValueError: they are listed.
-    """
-    if unknown := sorted(set(arguments) - set(inspect.signature(function).parameters)):
-        raise ValueError(f"{source}: settings that this version of pixeldecoder does not know: {listing(unknown)}")
-
-
-def _fill(model: PixelDecoderTransformer2DModel, state: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Give a network its weights."""
+        model = PixelDecoderTransformer2DModel(**config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_fit(
         source,
@@ -355,21 +360,31 @@ def _fill(model: PixelDecoderTransformer2DModel, state: dict[str, torch.Tensor],
         ],
     )
     model.load_state_dict(state, assign=True)
-    model.eval()
+    return model.eval()
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse settings from a file that a class of this version does not take.
+
+    Raises:
+        ValueError: they are listed.
+    """
+    if unknown := sorted(set(arguments) - set(inspect.signature(function).parameters)):
+        raise ValueError(f"{source}: settings that this version of pixeldecoder does not know: {listing(unknown)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
-    return found
+    return content
 
 
 def folder_to_reference(folder: str | Path, path: str | Path) -> None:
-    """Write the network in a diffusers folder as a reference checkpoint, and say what the file has no place for.
+    """Write the network in a diffusers folder as a reference checkpoint, and warn of what the file has no place for.
 
     A `.safetensors` file keeps the pipeline's settings and scheduler as metadata, and
     `PixelDecoderPipeline.from_single_file` finds them there; a `.pth` file holds tensors alone.
@@ -386,8 +401,8 @@ def folder_to_reference(folder: str | Path, path: str | Path) -> None:
         settings = {"pipeline": {k: entries[k] for k in entries if k not in components}, "scheduler": scheduler}
     save_reference_checkpoint(load_folder(folder), path, settings)
     if path.suffix == ".pth" and settings:
-        told = [f"{key} {value}" for key, value in settings["pipeline"].items() if value not in (None, "")]
-        left_out += [*told, f"scheduler {settings['scheduler']['_class_name']}"]
+        lost = [f"{key} {value}" for key, value in settings["pipeline"].items() if value not in (None, "")]
+        left_out += [*lost, f"scheduler {settings['scheduler']['_class_name']}"]
     if left_out:
         keep = " (a .safetensors file keeps the settings)" if path.suffix == ".pth" else ""
         logger.warning(f"{path}: left out, as the format has no place for it: {', '.join(left_out)}{keep}")
@@ -414,13 +429,15 @@ def save_reference_checkpoint(
     state = {f"net.{name}": t.contiguous() for name, t in export_reference_state_dict(model.state_dict()).items()}
     network = {key: value for key, value in model.config.items() if key[:1] != "_"}
     metadata = {SETTINGS: json.dumps({"network": network, **(settings or {})})}
-    kind = path.suffix == ".safetensors"
-    write_whole(path, lambda file: save_file(state, file, metadata) if kind else torch.save(state, file))
+    if path.suffix == ".safetensors":
+        write_whole(path, lambda file: save_file(state, file, metadata))
+    else:
+        write_whole(path, lambda file: torch.save(state, file))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What a reference checkpoint tells beside its tensors, if we wrote it: "network", the arguments of the model,
-    and of a pipeline "pipeline", its own, and "scheduler", its scheduler's configuration.
+    """Settings that `save_reference_checkpoint` wrote beside the tensors: "network", the arguments of the model, and
+    for a pipeline "pipeline", its own arguments, and "scheduler", the configuration of its scheduler.
 
     Raises:
         ValueError: an unreadable file, or something else in that place.
@@ -438,7 +455,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def pipeline_settings(path: str | Path) -> dict[str, Any]:
-    """Arguments of the pipeline, its scheduler among them, that a reference checkpoint tells if we wrote it.
+    """Arguments of the pipeline, its scheduler among them, that `folder_to_reference` wrote into a checkpoint.
 
     Raises:
         ValueError: as `read_settings`, or no such scheduler.
@@ -454,24 +471,13 @@ def pipeline_settings(path: str | Path) -> dict[str, Any]:
     return {"scheduler": scheduler.from_config(config), **settings["pipeline"]}
 
 
-SETTINGS = "pixeldecoder"
-"""Key of the metadata."""
-
-
-def _pixel_dim(state: Mapping[str, torch.Tensor], block: str) -> int:
-    """Channels d of a pixel."""
-    if f"{block}.norm1.weight" not in state:
-        raise ValueError(f"not a PiD checkpoint: it has no tensor {block}.norm1.weight")
-    return state[f"{block}.norm1.weight"].shape[0]
-
-
 _PIXEL_ADALN = re.compile(r"pixel_blocks\.\d+\.adaln\.")
 _PREFIXES = ("model.diffusion_model.", "core.", "net.")
 _TRAINING_ONLY = re.compile(r"^(net_ema|fake_score|discriminator)\.|_repa_projector")
 
 
 def _canonical(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without prefix, without what serves training alone, each pixel block's adaLN in one."""
+    """Names without prefix, no tensors that serve training alone, and each pixel block's adaLN in one tensor."""
     state = {}
     for name, tensor in state_dict.items():
         if _TRAINING_ONLY.search(name):
@@ -485,7 +491,8 @@ def _canonical(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             raise ValueError(f"not a PiD checkpoint: {name} has no {partner} beside it")
         msa, mlp = state.pop(name), state.pop(partner)
         block = name.split(".adaLN")[0]
-        halves = [half.unflatten(0, (-1, 3, _pixel_dim(state, block))) for half in (msa, mlp)]
+        width = _shape(state, f"{block}.norm1.weight")[0]
+        halves = [half.unflatten(0, (-1, 3, width)) for half in (msa, mlp)]
         joined = torch.cat(halves, dim=1).flatten(0, 2)
         leaf = name.rsplit(".", 1)[1]
         state[f"{block}.adaLN_modulation.0.{leaf}"] = joined

@@ -1,6 +1,8 @@
 """A network, an image size and a memory budget in; how to run it, and what it will take, out."""
 
 import math
+import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,20 +24,26 @@ MIB = 2**20
 OVERLAP = 64
 """Pixels that neighbouring tiles share, by default, or a quarter of a small tile."""
 CHUNK_BYTES = {"cpu": 8 * MIB}
-"""Largest tensor of a chunk: on a CPU it is to stay in the cache, elsewhere to keep the device busy."""
+"""Largest tensor of a chunk: small enough for a CPU's cache; elsewhere large enough to keep the device busy."""
 OTHER_CHUNK_BYTES = 128 * MIB
 SMALLEST_CHUNK = 16
+STATUS = Path("/proc/self/status")
+"""Where a process on Linux reads its own memory."""
 OVERHEAD = 1.25
-"""Time of what is neither a matrix product nor attention, over theirs."""
+"""Time of a whole pass over that of its matrix products and attention."""
 CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container its limits."""
+"""Where a container on Linux reads its limits."""
 WORKSPACE = 96 * MIB
-"""What libraries allocate for themselves: oneDNN's kernels, cuBLAS' workspace, fragments."""
+"""Bytes that libraries allocate for themselves: oneDNN's kernels, cuBLAS' workspace, fragments."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a decode may take, and how it is to be cut."""
+    """What a decode may take, and how it may be cut.
+
+    Raises:
+        ValueError: a size of another type, or of nothing; whether it fits the image and the network, `plan` says.
+    """
 
     tile_size: int | Literal["auto"] | None = "auto"
     """Side in pixels of the tiles; `None` for the whole image; "auto" tiles what is larger than the network is made
@@ -47,8 +55,7 @@ class Limits:
     max_memory: int | str | None = None
     """Bytes, or a string such as "6GB", that all of it may take; by default what is free."""
 
-    def check(self) -> None:
-        """Raises ValueError for what is no size."""
+    def __post_init__(self) -> None:
         for name in ("tile_size", "tile_overlap", "chunk_size"):
             value = getattr(self, name)
             if not isinstance(value, Integral | None) and (name, value) != ("tile_size", "auto"):
@@ -65,13 +72,14 @@ class Plan:
     height: int
     width: int
     tiles: Tiles
-    """One tile: whole."""
+    """One tile is the whole image."""
     chunk_size: int
     memory: int
-    """Peak in bytes, of the process on a CPU, else of what is allocated on the device; the weights are in it."""
+    """Peak in bytes with the weights, of the process on a CPU, else of what is allocated on the device."""
     matrix_flops: float
-    """Of matrix products in one pass over the image."""
+    """Operations of the matrix products in one pass over the image."""
     attention_flops: float
+    """Those of attention."""
 
     @property
     def tiled(self) -> bool:
@@ -91,33 +99,32 @@ def plan(
     width: int,
     batch: int = 1,
     text_tokens: int = 0,
-    limits: Limits = Limits(),  # frozen
+    limits: Limits = Limits(),
     *,
     trained_size: int | None = None,
     device: torch.device | None = None,
     offload: bool = False,
 ) -> Plan:
-    """Choose chunks and tiles that stay under a memory budget, whole if the decoder is made for the size.
+    """Choose chunks and tiles that stay within a memory budget; one tile if the decoder is made for the size.
 
     Args:
         model: in the dtype it will run in.
         height, width: of the image in pixels, multiples of the patch size.
         batch: images at a time.
-        text_tokens: of the prompt.
-        trained_size: side in pixels of the largest square image that the decoder is made for, if that is known.
+        text_tokens: tokens of the prompt.
+        limits: of tiles, chunks and memory.
+        trained_size: side in pixels of the largest square image that the decoder is made for, if known.
         device: where the model will run; by default where it is.
-        offload: its blocks will take turns there; found out where that is the case already.
+        offload: its blocks will take turns there. (Blocks that already do are recognised.)
 
     Raises:
-        ValueError: what is asked for does not fit, or no choice does; the message tells what would.
+        ValueError: neither what was asked for nor any choice left open fits; the message says what to change.
     """
-    limits.check()
     patch = model.config.patch_size
     device = device or model.device
     budget = memory_budget(device, limits.max_memory)
     tile_size, tile_overlap, chunk_size = limits.tile_size, limits.tile_overlap, limits.chunk_size
-    default = default_chunk_size(model, device) if chunk_size is None else chunk_size
-    chunks = [default]
+    chunks = [default_chunk_size(model, device) if chunk_size is None else chunk_size]
     while chunk_size is None and chunks[-1] > SMALLEST_CHUNK:
         chunks.append(max(SMALLEST_CHUNK, chunks[-1] // 4))
 
@@ -163,7 +170,7 @@ def memory_budget(device: torch.device, max_memory: int | str | None = None) -> 
     """
     if max_memory is not None:
         try:
-            budget = convert_file_size_to_int(max_memory)
+            budget = convert_file_size_to_int(int(max_memory) if str(max_memory).isdecimal() else max_memory)
         except ValueError:
             raise ValueError(f'max_memory {max_memory!r}: expected bytes, or a size such as "6GB"') from None
         if budget <= 0:
@@ -180,8 +187,8 @@ def memory_budget(device: torch.device, max_memory: int | str | None = None) -> 
 
 
 def _free_in_container() -> float:
-    """Bytes below the limit of a control group, infinitely many without one. Files that were read, such as weights,
-    count as used there until somebody wants their memory: they are free."""
+    """Bytes below the limit of a control group, infinity without one. The kernel counts the cache of files that were
+    read, such as weights, as used, but gives it up when memory is short: it is free."""
     limit, used, parts = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if not limit.is_file() or not limit.read_text().strip().isdigit():
         return math.inf
@@ -198,6 +205,18 @@ def held_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def measured_peak(device: torch.device) -> int:
+    """Most bytes that were allocated on a GPU, or resident in this process, at any time."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = STATUS.read_text() if STATUS.is_file() else ""
+    if match := re.search(r"^VmHWM:\s*(\d+)", status, re.MULTILINE):  # on Linux `ru_maxrss` begins with the parent's
+        return 1024 * int(match[1])
+    import resource  # noqa: PLC0415 (Windows has none)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory(
     model: PixelDecoderTransformer2DModel,
     height: int,
@@ -209,7 +228,7 @@ def peak_memory(
     device: torch.device,
     offload: bool = False,
 ) -> int:
-    """Peak in bytes that decoding reaches, from what is held now and the tensors alive at once in each phase."""
+    """Peak in bytes of a decode: what is held now, and the tensors of the phase that needs most."""
     config, item = model.config, model.dtype.itemsize
     dim = config.num_attention_heads * config.attention_head_dim
     pixel_attn = config.num_pixel_attention_heads * config.pixel_attention_head_dim
@@ -229,14 +248,14 @@ def peak_memory(
     tokens = tile * dim * item
     text = batch * text_tokens * dim * item
     joint = 3 * (tokens + text) * (2 if text else 1)  # queries, keys and values, and once more to join text and image
-    patch_chunk = chunk * 12 * dim * item  # three times the MLP's width, and what is left of 8/3
+    patch_chunk = chunk * 12 * dim * item  # the MLP: three tensors of 8/3 of the width, and four of one width
     patch_phase = 2 * tokens + joint + tokens + text + patch_chunk
     pixel_chunk = chunk * 12 * pixel_values * item
     pixel_phase = 2 * tokens + 2 * tile * pixel_values * item + 4 * tile * pixel_attn * item + pixel_chunk
     tile_canvas = 12 * tile * config.patch_size**2
     network = (2 if tiles.count > 1 else 1) * canvas + 2 * tile_canvas + max(patch_phase, pixel_phase)
     if offload or _is_group_offload_enabled(model):
-        # A block and the next, which is on its way.
+        # A block, and the next one, which is being loaded meanwhile.
         weights = 2 * max(weight_bytes(m) for m in model.modules() if type(m).__name__ in model._no_split_modules)
     else:
         weights = 0 if model.device == device else weight_bytes(model)
@@ -244,8 +263,10 @@ def peak_memory(
 
 
 def count_flops(model: PixelDecoderTransformer2DModel, tokens: int, text_tokens: int = 0) -> tuple[float, float]:
-    """Floating-point operations, two to a multiplication and addition, of one pass over an image of `tokens` patches:
-    those of matrix products, and those of attention. The adapter, run once, is left out."""
+    """Floating-point operations of one pass over an image of `tokens` patches: of matrix products, and of attention.
+
+    A multiplication and its addition are two. The adapter, which runs once, is left out.
+    """
     config = model.config
     dim = config.num_attention_heads * config.attention_head_dim
     attn = config.num_pixel_attention_heads * config.pixel_attention_head_dim
@@ -264,7 +285,7 @@ def count_flops(model: PixelDecoderTransformer2DModel, tokens: int, text_tokens:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters, of quantised ones those of their parts."""
+    """Bytes of the parameters; a quantised one is the sum of its parts."""
 
     def size(tensor: torch.Tensor) -> int:
         if not hasattr(tensor, "__tensor_flatten__"):
@@ -282,7 +303,7 @@ def must_offload(model: PixelDecoderTransformer2DModel, device: torch.device, ma
 def measure_rates(
     model: PixelDecoderTransformer2DModel, device: torch.device, tokens: int = 4096
 ) -> tuple[float, float]:
-    """FLOP/s of a device in matrix products and in attention of the network's widths and dtype; takes a second."""
+    """FLOP/s of a device in matrix products and in attention, at the network's widths and dtype, in about a second."""
     config = model.config
     dim = config.num_attention_heads * config.attention_head_dim
     x = torch.randn(tokens, dim, device=device, dtype=model.dtype)
@@ -312,12 +333,12 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def estimate_seconds(chosen: Plan, rates: tuple[float, float], passes: int) -> float:
-    """Of `passes` of the network over the image, at rates from `measure_rates`."""
+    """Time of `passes` of the network over the image, at rates from `measure_rates`."""
     return OVERHEAD * passes * (chosen.matrix_flops / rates[0] + chosen.attention_flops / rates[1])
 
 
 def duration(seconds: float) -> str:
-    """As people say it: "0.4 s", "45 s", "3 min", "2.5 h"."""
+    """Rounded to two digits: "0.4 s", "45 s", "3 min", "2.5 h"."""
     for unit, length in ("h", 3600), ("min", 60):
         if seconds >= 1.5 * length:
             return f"{float(f'{seconds / length:.2g}'):g} {unit}"

@@ -58,15 +58,7 @@ class PatchBlock(Block):
         is_last: bool,
         chunk_size: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(eq. 12). Nothing reads the text after the last block, which therefore returns it unchanged.
-
-        Args:
-            hidden_states, text: (B, L, D), (B, T, D).
-            condition: c, (B, 1, D).
-            rotary, text_rotary: `image_rotary`, `text_rotary`.
-            is_last: of the blocks.
-            chunk_size: patches at a time outside attention.
-        """
+        """(eq. 12). `condition` is c, (B, 1, D). The last block returns the text unchanged, as nothing reads it."""
         mods = self.image.adaln(condition).chunk(6, dim=-1)
         qkv = in_chunks(chunk_size, lambda h, *r: self.before_attention(h, r, *mods[:2]), hidden_states, *rotary)
         length = 0

@@ -130,21 +130,10 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         self.adapter = None
         if latent_channels is not None:
             self.adapter = SigmaAwareAdapter(
-                dim,
-                num_injections=-(-num_layers // injection_interval),
-                latent_channels=latent_channels,
-                latent_downscale_factor=latent_downscale_factor,
-                scale=scale,
-                patch_size=patch_size,
-                adapter_dim=adapter_dim,
-                num_adapter_layers=num_adapter_layers,
-                adapter_padding_mode=adapter_padding_mode,
-                unpack_latents=unpack_latents,
-                per_channel_gate=per_channel_gate,
-                inject_pixels=inject_pixels,
-                aux_rgb=aux_rgb,
-                aux_rgb_block=aux_rgb_block,
-            )
+                dim, -(-num_layers // injection_interval), latent_channels, latent_downscale_factor, scale, patch_size,
+                adapter_dim, num_adapter_layers, adapter_padding_mode, unpack_latents, per_channel_gate, inject_pixels,
+                aux_rgb, aux_rgb_block,
+            )  # fmt: skip
         self.patch_blocks = nn.ModuleList(
             PatchBlock(dim, num_attention_heads, text_embed_dim is not None) for _ in range(num_layers)
         )

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from pixeldecoder.files import write_whole
+from pixeldecoder.plan import measured_peak
 from pixeldecoder.training.checkpoints import is_main
 from pixeldecoder.training.config import Run, to_dict, write_yaml
 
@@ -43,7 +43,7 @@ class Log:
         count = max(map(len, self.terms.values()))
         values = {name: sum(found) / len(found) for name, found in self.terms.items()}
         values["samples_per_second"] = samples * count / max(1e-9, time.time() - self.since)
-        values["memory_gb"] = memory(self.accelerator.device) / 1e9
+        values["memory_gb"] = measured_peak(self.accelerator.device) / 1e9
         bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
         self._write(step, values)
         self.terms, self.since = {}, time.time()
@@ -105,12 +105,3 @@ def plot(log: Path, target: Path) -> None:
         axes.set_title(name)
         axes.grid(alpha=0.3)
     figure.savefig(target, dpi=100)
-
-
-def memory(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # which Windows does not have
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
