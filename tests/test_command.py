@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pixeldecoder import __version__, cli
+from pixeldecoder import __version__, cli, execution
 from pixeldecoder.cli import main
+from pixeldecoder.cli.main import COMMANDS, be_quiet
+from pixeldecoder.cli.parsing import parse
 from pixeldecoder.errors import EXTRAS, blaming, explain
-from pixeldecoder.options import parse
 from pixeldecoder.plan import duration
 
 
@@ -62,13 +63,13 @@ def raising(error):
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, line, monkeypatch, capsys):
-    monkeypatch.setattr(cli.Demo, "run", raising(error))
+    monkeypatch.setattr(cli.demo.Demo, "run", raising(error))
     assert main(["demo"]) == 2
     assert line in one_line(capsys)
 
 
 def test_the_allocators_own_error(monkeypatch, capsys):
-    monkeypatch.setattr(cli.Demo, "run", lambda self: torch.empty(2**60, dtype=torch.int8))
+    monkeypatch.setattr(cli.demo.Demo, "run", lambda self: torch.empty(2**60, dtype=torch.int8))
     assert main(["demo"]) == 2
     assert one_line(capsys).startswith("out of memory: try --max-memory")
 
@@ -89,13 +90,13 @@ def test_training_has_other_remedies(monkeypatch, capsys):
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     for error in ZeroDivisionError(), RuntimeError("a tensor of another size"), KeyError("name"):
-        monkeypatch.setattr(cli.Demo, "run", raising(error))
+        monkeypatch.setattr(cli.demo.Demo, "run", raising(error))
         with pytest.raises(type(error)):
             main(["demo"])
 
 
 def test_ctrl_c(monkeypatch, capsys):
-    monkeypatch.setattr(cli.Demo, "run", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(cli.demo.Demo, "run", raising(KeyboardInterrupt()))
     assert main(["demo"]) == 130
     assert one_line(capsys) == "interrupted"
 
@@ -272,7 +273,7 @@ def test_libraries_are_silent():
 
 def test_our_own_warnings_are_not(capsys, monkeypatch):
     ours = logging.getLogger("pixeldecoder.text")
-    monkeypatch.setattr(cli.Demo, "run", lambda self: ours.warning("the prompt was cut"))
+    monkeypatch.setattr(cli.demo.Demo, "run", lambda self: ours.warning("the prompt was cut"))
     assert main(["demo"]) == 0
     assert capsys.readouterr().err == "the prompt was cut\n"
 
@@ -289,14 +290,14 @@ def help_of(name, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [*cli.COMMANDS, "train prior", "train teacher"])
+@pytest.mark.parametrize("name", [*COMMANDS, "train prior", "train teacher"])
 def test_help(name, capsys, monkeypatch):
     """Every argument has a text, in flowing lines; what is required comes first; no file that a wheel has not."""
-    monkeypatch.setenv("COLUMNS", "1000" if name in set(cli.COMMANDS) - {"distill"} else "110")  # one column
+    monkeypatch.setenv("COLUMNS", "1000" if name in set(COMMANDS) - {"distill"} else "110")  # one column
     text = help_of(name, capsys)
     rows = re.findall(r"^[│ ] (\S.*?)(?: {2,}|\s*[│ ]\n[│ ] {5,})(\S.*?) *[│ ]$", text, re.MULTILINE)
-    if name in set(cli.COMMANDS) - {"distill"}:  # whose settings are in parts
-        assert len(rows) == len(dataclasses.fields(cli.COMMANDS[name])) + 1 - 2 * (name == "plan")
+    if name in set(COMMANDS) - {"distill"}:  # whose settings are in parts
+        assert len(rows) == len(dataclasses.fields(COMMANDS[name])) + 1 - 2 * (name == "plan")
     assert all(re.search(r"[a-z]", told.partition("(")[0]) for _, told in rows), rows
     assert "docs/" not in text and "(default: None)" not in text and "(default: )" not in text
     kinds = [("required" in told, called) for called, told in rows if called.startswith("--")]
@@ -366,13 +367,13 @@ def test_durations_that_people_read(seconds, text):
 
 @pytest.mark.parametrize("size", ["6GB", "1.5GB", ".5gb", "512MiB", "900000", "10KB"])
 def test_sizes_of_memory(size):
-    cli.check_memory(size)
+    cli.options.check_memory(size)
 
 
 @pytest.mark.parametrize("size", ["", "0", "0.0GB", "GB", "6 GB", "1.5", "-1GB", "6G", "6TB"])
 def test_what_is_no_size_of_memory(size):
     with pytest.raises(ValueError, match="expected bytes"):
-        cli.check_memory(size)
+        cli.options.check_memory(size)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ def test_what_is_no_size_of_memory(size):
 )  # fmt: skip
 def test_a_lora_and_its_strength(given, path, strength):
     Path("there:0.5").touch()
-    assert cli.lora_and_strength(given) == (path, strength)
+    assert cli.options.lora_and_strength(given) == (path, strength)
 
 
 def test_the_file_of_a_lora():
@@ -392,15 +393,15 @@ def test_the_file_of_a_lora():
     for name in "one/x.safetensors", "many/a.safetensors", "many/pytorch_lora_weights.safetensors", "many/note.txt":
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    assert cli.lora_file("many/a.safetensors") == Path("many/a.safetensors")
-    assert cli.lora_file("one") == Path("one/x.safetensors")
-    assert cli.lora_file("many") == Path("many/pytorch_lora_weights.safetensors")
+    assert execution.lora_file("many/a.safetensors") == Path("many/a.safetensors")
+    assert execution.lora_file("one") == Path("one/x.safetensors")
+    assert execution.lora_file("many") == Path("many/pytorch_lora_weights.safetensors")
 
 
 def test_a_latent_model_that_takes_no_lora():
     Path("x.safetensors").touch()
     with pytest.raises(ValueError, match=r"--lora x.safetensors: object takes none"):
-        cli.load_latent_lora(object(), "x.safetensors")
+        cli.generate.load_latent_lora(object(), "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -410,14 +411,14 @@ def test_devices(there, fastest, monkeypatch):
     """The fastest, or the one that is wanted, if there is one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    assert cli.torch_device("auto") == fastest and cli.torch_device("cpu") == "cpu"
+    assert execution.torch_device("auto") == fastest and execution.torch_device("cpu") == "cpu"
     for name in "cuda", "mps":
         if name in there:
-            assert cli.torch_device(name) == name
+            assert execution.torch_device(name) == name
         else:
             usable = ", ".join(device for device in ("cuda", "mps", "cpu") if device in {*there, "cpu"})
             with pytest.raises(ValueError, match=f"^--text-device {name}: this machine has none; available: {usable}$"):
-                cli.torch_device(name, "--text-device")
+                execution.torch_device(name, "--text-device")
 
 
 def test_types_of_weights(monkeypatch):
@@ -427,20 +428,20 @@ def test_types_of_weights(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda vectors=vectors: vectors)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
-        assert cli.Execution().torch_dtype("cpu") == found
-        assert cli.Execution().torch_dtype("cuda") == cli.Execution().torch_dtype("mps") == torch.bfloat16
+        assert execution.torch_dtype("auto", "cpu") == found
+        assert execution.torch_dtype("auto", "cuda") == execution.torch_dtype("auto", "mps") == torch.bfloat16
         for name in "float32", "bfloat16", "float16":
-            assert cli.Execution(dtype=name).torch_dtype("cpu") == getattr(torch, name)
+            assert execution.torch_dtype(name, "cpu") == getattr(torch, name)
 
 
 def test_layouts():
-    assert cli.Execution().layout_kwargs() == dict(
+    assert vars(cli.options.ExecutionOptions().limits()) == dict(
         tile_size="auto", tile_overlap=None, chunk_size=None, max_memory=None
     )
-    given = cli.Execution(tile="96", tile_overlap=8, chunk=5, max_memory="1000")
-    assert given.layout_kwargs() == dict(tile_size=96, tile_overlap=8, chunk_size=5, max_memory=1000)
-    given = cli.Execution(tile="none", max_memory="1.5GB")
-    assert given.layout_kwargs() == dict(tile_size=None, tile_overlap=None, chunk_size=None, max_memory="1.5GB")
+    given = cli.options.ExecutionOptions(tile="96", tile_overlap=8, chunk=5, max_memory="1000")
+    assert vars(given.limits()) == dict(tile_size=96, tile_overlap=8, chunk_size=5, max_memory=1000)
+    given = cli.options.ExecutionOptions(tile="none", max_memory="1.5GB")
+    assert vars(given.limits()) == dict(tile_size=None, tile_overlap=None, chunk_size=None, max_memory="1.5GB")
 
 
 @pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, RuntimeError, TypeError])
@@ -471,7 +472,7 @@ def test_libraries_are_told_to_be_silent(monkeypatch):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
-    cli.be_quiet()
+    be_quiet()
     assert [os.environ[name] for name in names] == ["critical", "info", "2"]
     for name in "accelerate", "bitsandbytes", "torchao", "torch.utils._pytree":
         assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
@@ -505,7 +506,7 @@ def test_settings_of_training(args, kind, settings, monkeypatch, capsys):
 
 
 def test_a_benchmark_as_asked_for(monkeypatch, capsys):
-    from pixeldecoder.evaluation import benchmark
+    from pixeldecoder import benchmark
 
     asked = []
     monkeypatch.setattr(benchmark, "benchmark", lambda *args: asked.append(args) or {"rows": []})
@@ -521,9 +522,9 @@ def test_a_benchmark_as_asked_for(monkeypatch, capsys):
 
 
 def test_an_evaluation_as_asked_for(monkeypatch, capsys):
-    from pixeldecoder.evaluation import report, run
+    from pixeldecoder.evaluation import report, study
 
-    given, written = {}, []
+    given, asked, written = {}, {}, []
 
     class Study:
         def __init__(self, **kwargs):
@@ -533,7 +534,7 @@ def test_an_evaluation_as_asked_for(monkeypatch, capsys):
         def run(self):
             pass
 
-    monkeypatch.setattr(run, "Study", Study)
+    monkeypatch.setattr(study, "Study", Study)
     monkeypatch.setattr(report, "write_report", written.append)
     options = (
         "--output out --baselines lanczos vae --steps 4 2 --sigmas 0 0.4 --as-if-clean --crop 64 --limit 3 --scale 2 "
@@ -541,13 +542,16 @@ def test_an_evaluation_as_asked_for(monkeypatch, capsys):
         '--chunk 3 --encoder nano --quantize int8 --pipeline-args {"a":1} --weights fid f.pt'
     )
     assert main(["evaluate", "photos", *options.split()]) == 0
+    for settings in given["source"], given["decoders"], given["baselines"]:
+        asked |= vars(settings)
+    asked |= given
     expected = dict(
-        source="photos", output=Path("out"), baselines=("lanczos", "vae"), steps=(4, 2), sigmas=(0.0, 0.4), crop=64,
+        path="photos", output=Path("out"), names=("lanczos", "vae"), steps=(4, 2), sigmas=(0.0, 0.4), crop=64,
         as_if_clean=True, limit=3, scale=2, vae="v", stops=("5", "auto"), metrics=("psnr",), seed=9, device="cpu",
-        weights={"fid": Path("f.pt")}, pipe=None, pipe_kwargs={"a": 1},
+        weights={"fid": Path("f.pt")}, latent_model=None,
         call_kwargs=dict(tile_size=64, tile_overlap=8, chunk_size=3, max_memory=None),
         identity=dict(encoder="nano", model=None, tile="64", tile_overlap=8, quantize="int8", attention="auto",
                       dtype="torch.float32"),
     )  # fmt: skip
-    assert {name: given[name] for name in expected} == expected and list(given["decoders"]) == ["nano"]
+    assert {name: asked[name] for name in expected} == expected and list(asked["load"]) == ["nano"]
     assert written == [Path("out")] and capsys.readouterr().out == f"{Path('out/report.html')}\n"
