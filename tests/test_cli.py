@@ -914,7 +914,7 @@ def test_weights_that_take_turns(run, monkeypatch, capsys):
 
 
 def test_where_an_encoder_comes_from(monkeypatch):
-    monkeypatch.setattr(cli, "load_encoder", lambda name, device: (name, device))
+    monkeypatch.setattr(execution, "load_encoder", lambda name, device: (name, device))
 
     def encoder(name="auto", own=None, **config):
         config = SimpleNamespace(**{"encoder_name": None, "latent_space": None} | config)

@@ -82,7 +82,9 @@ def test_training_has_other_remedies(monkeypatch, capsys):
             "No module named 'peft': pip install 'pixeldecoder[train]'",
         ),
     ):
-        monkeypatch.setattr(cli, "run_training", lambda *_, error=error: raising(error)(None))
+        monkeypatch.setattr(
+            sys.modules["pixeldecoder.cli.main"], "run_training", lambda *_, error=error: raising(error)(None)
+        )
         for args in ["train", "teacher"], ["distill"]:
             assert main(args) == 2
             assert one_line(capsys) == line
