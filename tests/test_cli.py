@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TINY, Golden, tiny_model, tiny_pipeline
 from families import save_gemma, z_image
-from pixeldecoder import PixelDecoderPipeline, cli, demo
+from pixeldecoder import PixelDecoderPipeline, cli, execution
+from pixeldecoder.cli import comparison as demo
 from pixeldecoder.cli import main
 from pixeldecoder.ldm import decoder_seed
 
@@ -516,7 +517,7 @@ def test_encoders_of_ones_own_that_fail(run, capsys):
 def test_layout_and_execution_reach_the_decoder(run, called, capsys, monkeypatch):
     torch.save(LATENTS, "z.pt")
     compiled = []
-    monkeypatch.setattr("pixeldecoder.performance.compile_blocks", compiled.append)
+    monkeypatch.setattr("pixeldecoder.execution.compile_blocks", compiled.append)
     common = ["decode", "z.pt", "a.png", "--steps", "1"]
     assert run(*common, "--tile", "32", "--tile-overlap", "0", "--chunk", "3", "--max-memory", "6GB") == 0
     assert "6 tiles of 32 x 32 px, 3 patches at a time" in capsys.readouterr().err
@@ -830,12 +831,12 @@ def test_a_plan_is_told_once_for_a_size(run, capsys, monkeypatch):
 
 
 def test_demo_does_what_its_help_says():
-    assert f"noise of sigma {demo.SIGMA}" in " ".join(str(cli.Demo.__doc__).split())
+    assert f"noise of sigma {demo.SIGMA}" in " ".join(str(cli.demo.Demo.__doc__).split())
 
 
 def test_demo_tells_noise_from_noise(monkeypatch, tmp_path):
     """Another sigma in the demo's latents leaves the sampler's noise as it is, which is the same for both decodes."""
-    from pixeldecoder import demo
+    from pixeldecoder.cli import comparison as demo
 
     monkeypatch.chdir(tmp_path)
     draws, latents = [], []
@@ -846,7 +847,7 @@ def test_demo_tells_noise_from_noise(monkeypatch, tmp_path):
             latents.append(z)
             return SimpleNamespace(images=torch.zeros(1, 3, 512, 512))
 
-    monkeypatch.setattr(cli.Demo, "load", lambda self: Pipeline())
+    monkeypatch.setattr(cli.demo.Demo, "load", lambda self: Pipeline())
     for seed, sigma in ("0", 0.3), ("0", 0.6), ("1", 0.3):
         monkeypatch.setattr(demo, "SIGMA", sigma)
         assert main(["demo", "--seed", seed, "--output", "there"]) == 0
@@ -913,11 +914,11 @@ def test_weights_that_take_turns(run, monkeypatch, capsys):
 
 
 def test_where_an_encoder_comes_from(monkeypatch):
-    monkeypatch.setattr(cli, "load_encoder", lambda name, device: (name, device))
+    monkeypatch.setattr(execution, "load_encoder", lambda name, device: (name, device))
 
     def encoder(name="auto", own=None, **config):
         config = SimpleNamespace(**{"encoder_name": None, "latent_space": None} | config)
-        return cli.image_encoder(name, SimpleNamespace(encoder=own, config=config, device="there"))
+        return execution.image_encoder(name, SimpleNamespace(encoder=own, config=config, device="there"))
 
     assert encoder(own="its") is None and encoder("flux", own="its") == ("flux", "there")
     assert encoder(encoder_name="some/name", latent_space="flux") == ("some/name", "there")
@@ -943,7 +944,7 @@ def test_embeddings_of_a_guided_decoder(guidance, tmp_path, monkeypatch):
     )
     path = tmp_path / "p.safetensors"
     save_file({"prompt_embeds": torch.full((1, 5, 20), 3.0)}, path)
-    text = cli.FilesToImages(source=Path("a"), output=Path("b"), prompt_embeds=path)
+    text = cli.options.FilesToImages(source=Path("a"), output=Path("b"), prompt_embeds=path)
     found = text.text_kwargs(pipeline)
     assert (found["prompt_embeds"] == 3).all() and found["prompt_embeds"].shape == (1, 5, 20)
     assert ("negative_prompt_embeds" in found) == (guidance != 1)

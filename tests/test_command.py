@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pixeldecoder import __version__, cli
+from pixeldecoder import __version__, cli, execution
 from pixeldecoder.cli import main
+from pixeldecoder.cli.main import COMMANDS, be_quiet
+from pixeldecoder.cli.parsing import parse
 from pixeldecoder.errors import EXTRAS, blaming, explain
-from pixeldecoder.options import parse
 from pixeldecoder.plan import duration
 
 
@@ -62,13 +63,13 @@ def raising(error):
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, line, monkeypatch, capsys):
-    monkeypatch.setattr(cli.Demo, "run", raising(error))
+    monkeypatch.setattr(cli.demo.Demo, "run", raising(error))
     assert main(["demo"]) == 2
     assert line in one_line(capsys)
 
 
 def test_the_allocators_own_error(monkeypatch, capsys):
-    monkeypatch.setattr(cli.Demo, "run", lambda self: torch.empty(2**60, dtype=torch.int8))
+    monkeypatch.setattr(cli.demo.Demo, "run", lambda self: torch.empty(2**60, dtype=torch.int8))
     assert main(["demo"]) == 2
     assert one_line(capsys).startswith("out of memory: try --max-memory")
 
@@ -81,7 +82,9 @@ def test_training_has_other_remedies(monkeypatch, capsys):
             "No module named 'peft': pip install 'pixeldecoder[train]'",
         ),
     ):
-        monkeypatch.setattr(cli, "run_training", lambda *_, error=error: raising(error)(None))
+        monkeypatch.setattr(
+            sys.modules["pixeldecoder.cli.main"], "run_training", lambda *_, error=error: raising(error)(None)
+        )
         for args in ["train", "teacher"], ["distill"]:
             assert main(args) == 2
             assert one_line(capsys) == line
@@ -89,13 +92,13 @@ def test_training_has_other_remedies(monkeypatch, capsys):
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     for error in ZeroDivisionError(), RuntimeError("a tensor of another size"), KeyError("name"):
-        monkeypatch.setattr(cli.Demo, "run", raising(error))
+        monkeypatch.setattr(cli.demo.Demo, "run", raising(error))
         with pytest.raises(type(error)):
             main(["demo"])
 
 
 def test_ctrl_c(monkeypatch, capsys):
-    monkeypatch.setattr(cli.Demo, "run", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(cli.demo.Demo, "run", raising(KeyboardInterrupt()))
     assert main(["demo"]) == 130
     assert one_line(capsys) == "interrupted"
 
@@ -272,7 +275,7 @@ def test_libraries_are_silent():
 
 def test_our_own_warnings_are_not(capsys, monkeypatch):
     ours = logging.getLogger("pixeldecoder.text")
-    monkeypatch.setattr(cli.Demo, "run", lambda self: ours.warning("the prompt was cut"))
+    monkeypatch.setattr(cli.demo.Demo, "run", lambda self: ours.warning("the prompt was cut"))
     assert main(["demo"]) == 0
     assert capsys.readouterr().err == "the prompt was cut\n"
 
@@ -289,14 +292,14 @@ def help_of(name, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [*cli.COMMANDS, "train prior", "train teacher"])
+@pytest.mark.parametrize("name", [*COMMANDS, "train prior", "train teacher"])
 def test_help(name, capsys, monkeypatch):
     """Every argument has a text, in flowing lines; what is required comes first; no file that a wheel has not."""
-    monkeypatch.setenv("COLUMNS", "1000" if name in set(cli.COMMANDS) - {"distill"} else "110")  # one column
+    monkeypatch.setenv("COLUMNS", "1000" if name in set(COMMANDS) - {"distill"} else "110")  # one column
     text = help_of(name, capsys)
     rows = re.findall(r"^[│ ] (\S.*?)(?: {2,}|\s*[│ ]\n[│ ] {5,})(\S.*?) *[│ ]$", text, re.MULTILINE)
-    if name in set(cli.COMMANDS) - {"distill"}:  # whose settings are in parts
-        assert len(rows) == len(dataclasses.fields(cli.COMMANDS[name])) + 1 - 2 * (name == "plan")
+    if name in set(COMMANDS) - {"distill"}:  # whose settings are in parts
+        assert len(rows) == len(dataclasses.fields(COMMANDS[name])) + 1 - 2 * (name == "plan")
     assert all(re.search(r"[a-z]", told.partition("(")[0]) for _, told in rows), rows
     assert "docs/" not in text and "(default: None)" not in text and "(default: )" not in text
     kinds = [("required" in told, called) for called, told in rows if called.startswith("--")]
@@ -366,13 +369,13 @@ def test_durations_that_people_read(seconds, text):
 
 @pytest.mark.parametrize("size", ["6GB", "1.5GB", ".5gb", "512MiB", "900000", "10KB"])
 def test_sizes_of_memory(size):
-    cli.check_memory(size)
+    cli.options.check_memory(size)
 
 
 @pytest.mark.parametrize("size", ["", "0", "0.0GB", "GB", "6 GB", "1.5", "-1GB", "6G", "6TB"])
 def test_what_is_no_size_of_memory(size):
     with pytest.raises(ValueError, match="expected bytes"):
-        cli.check_memory(size)
+        cli.options.check_memory(size)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +387,7 @@ def test_what_is_no_size_of_memory(size):
 )  # fmt: skip
 def test_a_lora_and_its_strength(given, path, strength):
     Path("there:0.5").touch()
-    assert cli.lora_and_strength(given) == (path, strength)
+    assert cli.options.lora_and_strength(given) == (path, strength)
 
 
 def test_the_file_of_a_lora():
@@ -392,15 +395,15 @@ def test_the_file_of_a_lora():
     for name in "one/x.safetensors", "many/a.safetensors", "many/pytorch_lora_weights.safetensors", "many/note.txt":
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    assert cli.lora_file("many/a.safetensors") == Path("many/a.safetensors")
-    assert cli.lora_file("one") == Path("one/x.safetensors")
-    assert cli.lora_file("many") == Path("many/pytorch_lora_weights.safetensors")
+    assert execution.lora_file("many/a.safetensors") == Path("many/a.safetensors")
+    assert execution.lora_file("one") == Path("one/x.safetensors")
+    assert execution.lora_file("many") == Path("many/pytorch_lora_weights.safetensors")
 
 
 def test_a_latent_model_that_takes_no_lora():
     Path("x.safetensors").touch()
     with pytest.raises(ValueError, match=r"--lora x.safetensors: object takes none"):
-        cli.load_latent_lora(object(), "x.safetensors")
+        cli.generate.load_latent_lora(object(), "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -410,14 +413,14 @@ def test_devices(there, fastest, monkeypatch):
     """The fastest, or the one that is wanted, if there is one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
-    assert cli.torch_device("auto") == fastest and cli.torch_device("cpu") == "cpu"
+    assert execution.torch_device("auto") == fastest and execution.torch_device("cpu") == "cpu"
     for name in "cuda", "mps":
         if name in there:
-            assert cli.torch_device(name) == name
+            assert execution.torch_device(name) == name
         else:
             usable = ", ".join(device for device in ("cuda", "mps", "cpu") if device in {*there, "cpu"})
             with pytest.raises(ValueError, match=f"^--text-device {name}: this machine has none; available: {usable}$"):
-                cli.torch_device(name, "--text-device")
+                execution.torch_device(name, "--text-device")
 
 
 def test_types_of_weights(monkeypatch):
@@ -427,20 +430,20 @@ def test_types_of_weights(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda vectors=vectors: vectors)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
-        assert cli.Execution().torch_dtype("cpu") == found
-        assert cli.Execution().torch_dtype("cuda") == cli.Execution().torch_dtype("mps") == torch.bfloat16
+        assert execution.torch_dtype("auto", "cpu") == found
+        assert execution.torch_dtype("auto", "cuda") == execution.torch_dtype("auto", "mps") == torch.bfloat16
         for name in "float32", "bfloat16", "float16":
-            assert cli.Execution(dtype=name).torch_dtype("cpu") == getattr(torch, name)
+            assert execution.torch_dtype(name, "cpu") == getattr(torch, name)
 
 
 def test_layouts():
-    assert cli.Execution().layout_kwargs() == dict(
+    assert vars(cli.options.ExecutionOptions().limits()) == dict(
         tile_size="auto", tile_overlap=None, chunk_size=None, max_memory=None
     )
-    given = cli.Execution(tile="96", tile_overlap=8, chunk=5, max_memory="1000")
-    assert given.layout_kwargs() == dict(tile_size=96, tile_overlap=8, chunk_size=5, max_memory=1000)
-    given = cli.Execution(tile="none", max_memory="1.5GB")
-    assert given.layout_kwargs() == dict(tile_size=None, tile_overlap=None, chunk_size=None, max_memory="1.5GB")
+    given = cli.options.ExecutionOptions(tile="96", tile_overlap=8, chunk=5, max_memory="1000")
+    assert vars(given.limits()) == dict(tile_size=96, tile_overlap=8, chunk_size=5, max_memory=1000)
+    given = cli.options.ExecutionOptions(tile="none", max_memory="1.5GB")
+    assert vars(given.limits()) == dict(tile_size=None, tile_overlap=None, chunk_size=None, max_memory="1.5GB")
 
 
 @pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, RuntimeError, TypeError])
@@ -471,7 +474,7 @@ def test_libraries_are_told_to_be_silent(monkeypatch):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
-    cli.be_quiet()
+    be_quiet()
     assert [os.environ[name] for name in names] == ["critical", "info", "2"]
     for name in "accelerate", "bitsandbytes", "torchao", "torch.utils._pytree":
         assert not logging.getLogger(name).isEnabledFor(logging.WARNING)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
-from pixeldecoder.demo import psnr, to_tensor
+from pixeldecoder.files import to_tensor
+from pixeldecoder.pictures import psnr
 from pixeldecoder.presets import NANO
 
 SAMPLES = sorted((NANO / "samples").glob("*.safetensors"))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TINY, TINY_NANO, tiny_model
 from pixeldecoder import PixelDecoderTransformer2DModel
-from pixeldecoder.performance import set_attention
+from pixeldecoder.execution import set_attention
 from pixeldecoder.plan import (
     Limits,
     Plan,

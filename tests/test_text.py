@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2Model, PreTrainedTok
 from conftest import TINY, tiny_model
 from families import save_gemma
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.cli import Text
+from pixeldecoder.cli.options import Text
 from pixeldecoder.text import PromptEncoder, encode_prompts, instruction, load_prompt_embeds, save_prompt_embeds
 
 

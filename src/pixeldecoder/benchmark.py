@@ -21,9 +21,9 @@ import torch
 from diffusers import FlowMatchLCMScheduler
 
 from pixeldecoder.charts import scale_log
+from pixeldecoder.execution import Quantization, compile_blocks, quantize, set_attention
 from pixeldecoder.files import write_whole
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.performance import Quantization, compile_blocks, quantize, set_attention
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.plan import Limits, count_flops, measure_rates, measured_peak, plan
 from pixeldecoder.presets import PRESETS

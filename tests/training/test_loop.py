@@ -20,7 +20,8 @@ from PIL import Image
 from conftest import TINY
 from families import save_gemma
 from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
-from pixeldecoder.cli import image_encoder, main
+from pixeldecoder.cli import main
+from pixeldecoder.execution import image_encoder
 from pixeldecoder.files import to_image
 from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.training import log, loop, losses, validate

@@ -5,7 +5,7 @@ import torch
 
 from conftest import TINY, tiny_model
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.performance import compile_blocks, quantize, set_attention
+from pixeldecoder.execution import compile_blocks, quantize, set_attention
 from pixeldecoder.plan import weight_bytes
 
 

@@ -1,0 +1,36 @@
+"""Bundled latents in, a picture that compares their decodes out: `demo`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixeldecoder.cli.options import (
+    Decoder,
+)
+
+
+@dataclass(kw_only=True)
+class Demo(Decoder):
+    """See what it does: decode a bundled photo's latents and compare.
+
+    Writes comparison.png: the small photo enlarged bicubically, nano's decode of its latents, nano's decode of the
+    latents with noise of sigma 0.3, and the original.
+
+    Example: pixeldecoder demo --output outputs/demo
+    """
+
+    output: Path = Path("outputs/demo")
+    """Folder of the pictures."""
+
+    def run(self) -> None:
+        from pixeldecoder.files import check_writable, save_image
+
+        self.check()
+        if self.decoder != "nano":
+            raise ValueError("the demo's latents are nano's: use decode or upscale with another decoder")
+        target = self.output / "comparison.png"
+        check_writable(target)
+
+        from pixeldecoder.cli.comparison import comparison
+
+        save_image(comparison(self.load(), self.generator, self.noise_generator, self.call_kwargs()), target)
+        print(target)
