@@ -194,7 +194,7 @@ def test_three_tiles_of_both_axes_by_hand():
     tiles = cut(48, 24, 16, 0, 8)
     assert tiles == Tiles(16, 16, (0, 16, 32), (0, 8), 0)
     seen = iter(range(6))
-    velocity = tiled_velocity(lambda x, _: x * next(seen), torch.ones(1, 3, 48, 24), None, tiles, 8, 2, lambda: None)
+    velocity = tiled_velocity(lambda x, _: x * next(seen), torch.ones(1, 3, 48, 24), None, tiles, 8, 2)
     rows = velocity[0, 0, 8::16]
     shared = [1 / 3, *[0.5] * 6, 2 / 3]  # the middle columns are of both
     for row, found in enumerate(rows):

@@ -264,8 +264,10 @@ def _count(state_dict: Mapping[str, torch.Tensor], pattern: str) -> int:
 def _released_like(adapter_dim: int, cells: int) -> Preset | None:
     """By the adapter's width and its input channels."""
     for preset in PRESETS.values():
+        if preset.latent_space is None:  # pixels are all it knows
+            continue
         channels = preset.config.get("latent_channels", 16) // (4 if preset.config.get("unpack_latents") else 1)
-        if preset.latent_space and preset.config.get("adapter_dim", 512) == adapter_dim and channels == cells:
+        if preset.config.get("adapter_dim", 512) == adapter_dim and channels == cells:
             return preset
     return None
 

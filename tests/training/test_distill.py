@@ -105,11 +105,10 @@ class Multiplies(nn.Module):
 
 
 @pytest.fixture
-def with_text(student, tmp_path, monkeypatch):
+def with_text(student, tmp_path):
     """A student with text, given embeddings."""
     model = randomized(PixelDecoderTransformer2DModel(**TINY), 1)
     model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(distill, "Conditions", GivenConditions)
     return replace(student, architecture=None, model=str(tmp_path / "model"), feature_blocks=(1,))
 
 
@@ -124,7 +123,7 @@ def by_hand(with_text, monkeypatch):
     monkeypatch.setattr(distill, "SampleRandom", FixedRandom)
 
     def build(**settings):
-        stage = StudentStage(replace(with_text, **settings), Accelerator(cpu=True))
+        stage = StudentStage(replace(with_text, **settings), Accelerator(cpu=True), GivenConditions)
         stage.student, stage.fake_score, stage.teacher = Sees(S), Sees(F), Sees(T, U).requires_grad_(False)
         stage.discriminator = Multiplies()
         return stage
@@ -269,7 +268,7 @@ def test_warm_ups(student, monkeypatch):
     weights = []
 
     def losses(part):
-        return lambda batch, warm_up=None: weights.append(warm_up) or {"sum": part.parameters[0].sum()}
+        return lambda batch, gan_warm_up: weights.append(gan_warm_up) or {"sum": part.parameters[0].sum()}
 
     monkeypatch.setattr(stage, "student_losses", losses(stage.student))
     monkeypatch.setattr(
@@ -298,7 +297,7 @@ def test_the_average_counts_the_student_s_updates(student, monkeypatch):
 def test_the_teacher_runs_no_further_than_its_features(with_text):
     """Nor its adapter more than once; and what the student's update keeps of it, when all teachers' passes are done,
     ends at the features, too."""
-    stage = StudentStage(replace(with_text, gradient_checkpointing=False), Accelerator(cpu=True))
+    stage = StudentStage(replace(with_text, gradient_checkpointing=False), Accelerator(cpu=True), GivenConditions)
     runs, kept = Counter(), []
     for name, module in {"adapter": stage.teacher.adapter, **dict(enumerate(stage.teacher.patch_blocks))}.items():
         module.register_forward_hook(lambda *_, name=name: runs.update([name]))
@@ -319,7 +318,7 @@ def test_the_teacher_runs_no_further_than_its_features(with_text):
 
 
 def test_the_discriminator_computes_in_float32(with_text):
-    stage = StudentStage(replace(with_text, precision="bfloat16"), Accelerator(cpu=True))
+    stage = StudentStage(replace(with_text, precision="bfloat16"), Accelerator(cpu=True), GivenConditions)
     types = []
     for layer in stage.discriminator.module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -337,7 +336,7 @@ def test_optimizers(with_text):
         fake_score_optimizer=Optimizer(learning_rate=2.0, weight_decay=0.2),
         discriminator_optimizer=Optimizer(learning_rate=3.0, weight_decay=0.3),
     )
-    stage = StudentStage(config, Accelerator(cpu=True))
+    stage = StudentStage(config, Accelerator(cpu=True), GivenConditions)
     groups = {name: part.optimizer.param_groups[0] for name, part in stage.parts.items()}
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
         "student": 0.1, "fake_score": 0.2, "discriminator": 0.3,
@@ -373,7 +372,7 @@ def test_the_pipelines_of_stages(with_text, teacher, student):
 @pytest.mark.parametrize("blocks", [(), (4,), (0, -1)])
 def test_feature_blocks_that_are_none(blocks, with_text):
     with pytest.raises(ValueError, match=r"feature_blocks \(.*\): the network has blocks 0 to 3"):
-        StudentStage(replace(with_text, feature_blocks=blocks), Accelerator(cpu=True))
+        StudentStage(replace(with_text, feature_blocks=blocks), Accelerator(cpu=True), GivenConditions)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -24,6 +24,8 @@ from pixeldecoder.cli import main
 from pixeldecoder.execution import image_encoder
 from pixeldecoder.files import to_image
 from pixeldecoder.latents import load_image_encoder
+from pixeldecoder.plan import measured_peak
+from pixeldecoder.training import data as data_module
 from pixeldecoder.training import log, loop, losses, validate
 from pixeldecoder.training.checkpoints import Checkpoints
 from pixeldecoder.training.config import Data, Lora, Optimizer, Prior, read_yaml, write_yaml
@@ -745,7 +747,7 @@ def test_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda axes, *xy: drawn.append(xy))
     lines = [{"step": 1, "a": 5.0}, {"step": 2, "a": 4.0, "b": 1.0}]
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    loop.plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    log.plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert drawn == [([1, 2], [5.0, 4.0]), ([2], [1.0])] and (tmp_path / "curves.png").exists()
 
 
@@ -753,20 +755,20 @@ def test_memory_of_the_process_is_in_bytes():
     import psutil
 
     now = psutil.Process().memory_info().rss
-    assert now / 2 < loop.memory(torch.device("cpu")) < 50 * now
+    assert now / 2 < measured_peak(torch.device("cpu")) < 50 * now
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_settings_reach_the_batches(teacher, in_memory, monkeypatch):
     given = {}
     for name in "batches", "batches_in_memory":
-        monkeypatch.setattr(loop, name, lambda *a, name=name, **k: given.update(name=name, args=a[1:], **k))
+        monkeypatch.setattr(data_module, name, lambda *a, name=name, **k: given.update(name=name, args=a[1:], **k))
     data = replace(teacher.data, in_memory=in_memory, workers=3, max_aspect_ratio=4.0, resolution=128)
     config = replace(teacher, data=data, seed=7, micro_batch_size=5, batch_size=10)
     accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=2, num_processes=3)
     source = load_source(config)
     source.require = lambda *args: given.update(required=args)
-    loop.load_batches(config, PixelDecoderTransformer2DModel(**ARCHITECTURE), source, accelerator, 11)
+    data_module.load_batches(config, PixelDecoderTransformer2DModel(**ARCHITECTURE), source, accelerator, 11)
     assert (given["seed"], given["rank"], given["world_size"], given["start"]) == (7, 2, 3, 11)
     sizes = [(128, 128)] if in_memory else bucket_sizes(128, 32, 4.0)
     assert given["required"] == (sizes, 32)
