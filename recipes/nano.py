@@ -9,7 +9,7 @@
     python recipes/nano.py bundle --data EVAL
 
 each with `--taef1 taef1_encoder.safetensors` (`base` makes a decoder that `bundle` does not use yet). Each writes its
-part under `--out`, and goes on from its own checkpoint when it is called again, so that `--piece 9` cuts a stage into
+part under `--out`, and goes on from its last checkpoint when it is called again, so that `--piece 9` cuts a stage into
 calls of nine minutes. `baseline` writes TAEF1 as a folder to evaluate against. What came of it, what was tried, and
 the minutes meant for a GPU are told in docs/nano.md.
 """
@@ -17,318 +17,46 @@ the minutes meant for a GPU are told in docs/nano.md.
 import copy
 import itertools
 import math
-import random
 import re
 import shutil
-import time
-from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from random import Random
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from accelerate import Accelerator
 from diffusers import AutoencoderTiny, FlowMatchLCMScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
+from tqdm import tqdm
 
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
-from pixeldecoder.files import to_tensor
-from pixeldecoder.flow import STUDENT_TIMES, noised
-from pixeldecoder.models.adapter import LatentFeatures
+from pixeldecoder.files import to_tensor, write_folder, write_whole
+from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
+from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import shrink
+from pixeldecoder.pictures import UNREADABLE, Folder, shrink
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.presets import NANO as NANO_FOLDER
 from pixeldecoder.training import losses
-from pixeldecoder.training.parts import autocast
-
-
-@dataclass(kw_only=True)
-class Config:
-    """One training run."""
-
-    stage: tyro.conf.Positional[
-        Literal["encoder", "base", "adapter", "teacher", "student", "polish", "bundle", "baseline"]
-    ]
-    data: Path = Path()
-    """Folder of photos: to train on, or, to bundle, those of EVAL."""
-    taef1: Path
-    """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors, its decoder beside it."""
-    minutes: float = 60.0
-    """Of training, over all calls, loading excluded; the learning rates fall to nothing over them. On a CPU those that
-    this process computes: other work on the machine costs the training nothing but patience."""
-    piece: float = math.inf
-    """Minutes until this call ends, its checkpoint written."""
-    squeezenet: Path | None = None
-    """ImageNet SqueezeNet 1.0, .safetensors, which the student's perceptual and adversarial terms look through."""
-    out: Path = Path("outputs/nano")
-    seed: int = 0
-    batch_size: int | None = None
-    """Crops of 256 px to a step; by default 8, on a GPU 32. Larger crops are fewer."""
-    pixel_weight: float = 4.0
-    perceptual_weight: float = 1.0
-    gan_weight: float = 0.03
-    vsd_weight: float = 0.1
-    """Of the terms of the student's loss; 0: neither computed nor trained for."""
-    compile: bool = torch.cuda.is_available()
-    """Compile the decoder's blocks."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-
-    @property
-    def crops(self) -> int:
-        return self.batch_size or (8 if self.device == "cpu" else 32)
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16, but on CPUs that have no instructions for it, which are slower in it."""
-        return autocast(torch.device(self.device), self.device != "cpu" or torch.cpu._is_avx512_bf16_supported())
-
-    def seconds(self) -> float:
-        return time.process_time() / torch.get_num_threads() if self.device == "cpu" else time.time()
-
-
-def load_taef1(path: Path) -> AutoencoderTiny:
-    """The published files' keys are not diffusers': no `encoder.layers.`, and the decoder has a clamp more."""
-    taef1 = AutoencoderTiny(latent_channels=16)
-    state = {f"encoder.layers.{key}": tensor for key, tensor in load_file(path).items()}
-    for key, tensor in load_file(path.with_name("taef1_decoder.safetensors")).items():
-        index, rest = key.split(".", 1)
-        state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor
-    taef1.load_state_dict({key: tensor.float() for key, tensor in state.items()})
-    return taef1.eval().requires_grad_(False)
-
-
-def baseline(config: Config) -> None:
-    """TAEF1 as a diffusers folder, which `pixeldecoder evaluate --vae` takes."""
-    load_taef1(config.taef1).save_pretrained(config.out / "taef1")
-
-
-def load_photos(folder: Path) -> list[torch.Tensor]:
-    """Every readable picture of at least 256 px as uint8 (3, H, W)."""
-
-    def load(path: Path) -> torch.Tensor:
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).contiguous()
-
-    paths = sorted(p for p in folder.iterdir() if p.suffix in {".webp", ".png", ".jpg", ".jpeg"})
-    with ThreadPoolExecutor() as pool:
-        photos = [p for p in pool.map(load, paths) if min(p.shape[1:]) >= 256]
-    if not photos:
-        raise SystemExit(f"no picture of at least 256 px in {folder}")
-    return photos
-
-
-@dataclass
-class Pair:
-    """One photo, or its mirror image, with the latents of its 4x smaller self."""
-
-    photo: torch.Tensor
-    """(3, H, W) uint8, H and W multiples of 32."""
-    small: torch.Tensor
-    """(3, H/4, W/4) float16 in [-1, 1]."""
-    latents: torch.Tensor
-    """(16, H/32, W/32) float16, TAEF1's, of the whole picture: a crop of them has seen what lies around it."""
-    own: torch.Tensor
-    """The encoder's, likewise, that this recipe trains first: what `upscale` decodes."""
-
-
-TAEF1_ALONE = ("encoder", "base")
-"""Stages that know no encoder but TAEF1's."""
-
-
-@torch.no_grad()
-def load_pairs(config: Config) -> list[Pair]:
-    """Every photo twice, plain and mirrored, on the device; what is computed once is kept in `out`."""
-    photos = []
-    for photo in load_photos(config.data):
-        height, width = (side // 32 * 32 for side in photo.shape[1:])
-        crop = photo[:, :height, :width].to(config.device)
-        photos += [crop.contiguous(), crop.flip(-1)]
-    cache = config.out / ("encoder_pairs.pt" if config.stage in TAEF1_ALONE else "pairs.pt")
-    known = torch.load(cache, weights_only=True) if cache.exists() else []
-    if [small.shape for small, *_ in known] != [(3, p.shape[1] // 4, p.shape[2] // 4) for p in photos]:
-        taef1 = load_taef1(config.taef1).to(config.device).to(memory_format=torch.channels_last)
-        encoder = taef1.encoder
-        if config.stage not in TAEF1_ALONE:
-            encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder").to(config.device).float().eval()
-        known = []
-        for index, photo in enumerate(photos):
-            small = shrink(photo[None].float() / 127.5 - 1, 4)
-            known.append(tuple(x[0].half().cpu() for x in (small, taef1.encoder(small), encoder(small))))
-            if index % 200 == 0:
-                print(f"latents of picture {index} of {len(photos)}", flush=True)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(known, cache)
-    return [Pair(photo, *(x.to(config.device) for x in rest)) for photo, rest in zip(photos, known, strict=True)]
-
-
-def draw(pairs: list[Pair], cells: int, batch: int, rng: random.Random) -> list[tuple[Pair, int, int]]:
-    """Pairs with the top and left latent cell of a crop, by area; edges of a photo are met as often as its inside."""
-    pairs = [pair for pair in pairs if min(pair.latents.shape[1:]) >= cells]
-
-    def place(length: int) -> int:
-        return min(max(rng.randint(-1, length - cells + 1), 0), length - cells)
-
-    chosen = rng.choices(pairs, weights=[pair.latents[0].numel() for pair in pairs], k=batch)
-    return [(pair, place(pair.latents.shape[1]), place(pair.latents.shape[2])) for pair in chosen]
-
-
-def run(config: Config, parts: dict[str, "torch.nn.Module | Optimizer"], step: Callable[..., dict[str, float]]) -> bool:
-    """Call `step(progress, random)` until the stage's minutes are over, or this call's.
-
-    Returns:
-        Whether the stage is at its end. If not, its state is in its checkpoint.
-    """
-    path, done, spent = config.out / f"{config.stage}.pt", 0, 0.0
-    if path.exists():
-        state = torch.load(path, map_location=config.device, weights_only=True)
-        done, spent = state["step"], state["minutes"]
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
-        print(f"from step {done}, {spent:.1f} min", flush=True)
-    before, begun, log = spent, config.seconds(), defaultdict(list)
-    while spent < config.minutes and spent - before < config.piece:
-        torch.manual_seed(config.seed * 10**7 + done)
-        for name, value in step(spent / config.minutes, random.Random(f"{config.seed}/{done}")).items():
-            log[name].append(value)
-        done, spent = done + 1, before + (config.seconds() - begun) / 60
-        if done % 50 == 0:
-            means = "  ".join(f"{name} {np.mean(values[-50:]):.4f}" for name, values in log.items())
-            print(f"{spent:6.1f} min  step {done}  {means}", flush=True)
-    state = {"step": done, "minutes": spent, "parts": {name: part.state_dict() for name, part in parts.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-    return spent >= config.minutes
-
-
-def train_encoder(config: Config) -> None:
-    """Mean squared distance to TAEF1's latents, on photos shrunk 4x."""
-    torch.manual_seed(config.seed)
-    pairs = load_pairs(config)
-    model = TinyLatentEncoder().to(config.device, memory_format=torch.channels_last).train()
-    optimizer = Optimizer(model, 0.015)
-
-    def step(progress: float, rng: random.Random) -> dict[str, float]:
-        image, target, mask = [], [], torch.ones(config.crops, 1, 8, 8)
-        for index, (pair, top, left) in enumerate(draw(pairs, 8, config.crops, rng)):
-            image.append(pair.small[:, 8 * top : 8 * top + 64, 8 * left : 8 * left + 64])
-            target.append(pair.latents[:, top : top + 8, left : left + 8])
-            # The outermost cells of a crop depend on what was cut away, unless the photo itself ends there.
-            mask[index, :, 0] *= top == 0
-            mask[index, :, -1] *= top + 8 == pair.latents.shape[1]
-            mask[index, :, :, 0] *= left == 0
-            mask[index, :, :, -1] *= left + 8 == pair.latents.shape[2]
-        image, target = torch.stack(image).float(), torch.stack(target).float()
-        mask = mask.to(config.device)
-        difference = model(image.contiguous(memory_format=torch.channels_last)) - target
-        error = (mask * difference.square()).sum() / (mask.sum() * target.shape[1])
-        optimizer.step(error, progress)
-        return {"RMS difference / RMS": (error.item() / target.square().mean().item()) ** 0.5}
-
-    if run(config, {"model": model, "optimizer": optimizer}, step):
-        model.to(torch.bfloat16).save_pretrained(config.out / "encoder")
-        (config.out / "pairs.pt").unlink(missing_ok=True)  # of an earlier encoder
-
-
-class BaseDecoder(torch.nn.Module):
-    """Latents and their sigma to the small image: TAESD's shape (MIT), with a bias for sigma at every size.
-
-    Args:
-        latent_channels: C of the latents.
-        dim: width of every convolution.
-        num_blocks: residual blocks at 1/8, 1/4, 1/2 and 1/1 of the small image's size.
-    """
-
-    def __init__(self, latent_channels: int = 16, dim: int = 64, num_blocks: tuple[int, ...] = (3, 3, 3, 1)):
-        super().__init__()
-        self.conv_in = torch.nn.Conv2d(latent_channels, dim, 3, padding=1)
-        self.sigma_embed = torch.nn.Sequential(
-            torch.nn.Linear(1, dim), torch.nn.SiLU(), torch.nn.Linear(dim, dim * len(num_blocks))
-        )
-        torch.nn.init.zeros_(self.sigma_embed[2].weight)
-        torch.nn.init.zeros_(self.sigma_embed[2].bias)
-        self.stages = torch.nn.ModuleList(
-            torch.nn.Sequential(*(AutoencoderTinyBlock(dim, dim, "relu") for _ in range(count))) for count in num_blocks
-        )
-        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(dim, dim, 3, padding=1, bias=False) for _ in num_blocks[1:])
-        self.to_small = torch.nn.Conv2d(dim, 3, 3, padding=1)
-
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, C, h, w) and (B,) -> the small image (B, 3, 8h, 8w) in [-1, 1], and what each stage made on the way."""
-        x = F.relu(self.conv_in(torch.tanh(latents / 3) * 3))
-        biases = self.sigma_embed(sigma[:, None])[..., None, None].chunk(len(self.stages), dim=1)
-        features = []
-        for index, (stage, bias) in enumerate(zip(self.stages, biases, strict=True)):
-            x = stage(x + bias)
-            features.append(x)
-            if index < len(self.convs):
-                x = self.convs[index](F.interpolate(x, scale_factor=2, mode="nearest"))
-        return self.to_small(x).mul(2).sub(1), features
-
-
-def taef1_features(decoder: torch.nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """TAEF1's picture in [-1, 1] and its features before each upsampling and at the end."""
-    x, features, last = torch.tanh(latents / 3) * 3, [], None
-    for layer in decoder.layers:
-        if isinstance(layer, torch.nn.Upsample):
-            features.append(x)
-        last, x = x, layer(x)
-    return x.mul(2).sub(1), [*features, last]
-
-
-BASE_CELLS = {8: (0.5, 2), 12: (0.3, 1), 16: (0.15, 1 / 2), 32: (0.05, 1 / 8)}
-"""Side of a crop in latent cells: its share of the steps, and crops to a batch, of `crops`. In small ones every pixel
-knows the border; what is far from it must be met as well."""
-
-
-def train_base(config: Config) -> None:
-    """The small image, from what TAEF1's decoder makes after each of its stages: dense targets, learnt fast. Noisy
-    latents come in as the stage goes on; they are to give what the clean ones do."""
-    pairs = load_pairs(config)
-    taef1 = load_taef1(config.taef1).decoder.to(config.device, memory_format=torch.channels_last)
-    torch.manual_seed(config.seed)
-    model = BaseDecoder().to(config.device, memory_format=torch.channels_last)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    largest = max(min(pair.latents.shape[1:]) for pair in pairs)
-    sizes = {cells: share for cells, share in BASE_CELLS.items() if cells <= largest}
-    optimizer = Optimizer(model, 0.015)
-
-    def step(progress: float, rng: random.Random) -> dict[str, float]:
-        cells = rng.choices(list(sizes), weights=[share for share, _ in sizes.values()])[0]
-        drawn = draw(pairs, cells, max(1, round(config.crops * BASE_CELLS[cells][1])), rng)
-        latents = torch.stack([pair.latents[:, y : y + cells, x : x + cells] for pair, y, x in drawn]).float()
-        sigma = torch.rand(len(latents), device=latents.device) * 0.8
-        sigma = sigma * (torch.rand_like(sigma) < 0.4 * progress)
-        noisy = noised(latents, torch.randn_like(latents), sigma)
-        with config.autocast():
-            with torch.no_grad():
-                target, wanted = taef1_features(taef1, latents.contiguous(memory_format=torch.channels_last))
-            image, features = model(noisy.contiguous(memory_format=torch.channels_last), sigma)
-        weight = (1 - sigma)[:, None, None, None]
-        relative = [
-            (weight * (x.float() - y.float()).square()).mean() / y.float().square().mean()
-            for x, y in zip(features, wanted, strict=True)
-        ]
-        picture = (weight * (image.float() - target.float()).square()).mean()
-        optimizer.step(sum(relative) + 20 * picture, progress)
-        average.update_parameters(model)
-        terms = {f"stage {index}": x.item() for index, x in enumerate(relative)}
-        if not sigma.any():  # of [-1, 1]; the distance to TAEF1's picture, not to the photo
-            terms["dB to TAEF1"] = 10 * math.log10(4 / picture.item())
-        return terms
-
-    if run(config, {"model": model, "average": average, "optimizer": optimizer}, step):
-        state = {name: value.contiguous() for name, value in average.module.state_dict().items()}
-        save_file(state, config.out / "decoder.safetensors")
-
+from pixeldecoder.training.config import Conditioned, Data, Optimizer
+from pixeldecoder.training.data import Batch
+from pixeldecoder.training.degrade import Conditions
+from pixeldecoder.training.loop import train
+from pixeldecoder.training.network import build_network
+from pixeldecoder.training.parts import Part, Terms, autocast, update
 
 NANO = dict(
     patch_size=16,
@@ -354,43 +82,359 @@ NANO = dict(
     prediction_type="sample",
     rope_reference_size=512,
 )
-SIZES = {192: (0.35, 16 / 9), 256: (0.4, 1), 384: (0.2, 4 / 9), 512: (0.05, 1 / 4)}
-"""Crop side in pixels: its share of the steps, and crops to a batch, of those of 256 px. Rotary angles change with the
-size, so that it must be varied."""
-TIME_SHIFT = 6 * (1024 / 2048) ** 0.5
+BASE = ("convs.", "aux_rgb_head.")
+"""The adapter's parts that make the base. It stays as it is until it is polished: the rest learns what is missing."""
+CELL = 32
+"""Pixels of a photo to a latent cell."""
+VARIED = {6: (0.35, 16 / 9), 8: (0.4, 1), 12: (0.2, 4 / 9), 16: (0.05, 1 / 4)}
+"""Crops of the decoder: rotary angles change with the size, so that it must be varied."""
 
 
-def build(config: Config) -> PixelDecoderTransformer2DModel:
-    torch.manual_seed(config.seed)
-    return PixelDecoderTransformer2DModel(**NANO).to(config.device, memory_format=torch.channels_last)
+@dataclass(kw_only=True)
+class Weights:
+    """Of the terms of the student's loss; 0: neither computed nor trained for."""
+
+    pixel: float = 4.0
+    perceptual: float = 1.0
+    gan: float = 0.03
+    vsd: float = 0.1
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One call."""
+
+    stage: tyro.conf.Positional[
+        Literal["encoder", "base", "adapter", "teacher", "student", "polish", "bundle", "baseline"]
+    ]
+    data: Path = Path()
+    """Folder of photos: to train on, or, to bundle, those of EVAL."""
+    taef1: Path
+    """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors, its decoder beside it."""
+    minutes: float = 60.0
+    """Of training, over all calls; the learning rates fall to nothing over them. On a CPU those that it computes."""
+    piece: float = math.inf
+    """Minutes until this call ends, with a checkpoint."""
+    squeezenet: Path | None = None
+    """ImageNet SqueezeNet 1.0, .safetensors, which the student's perceptual and adversarial terms look through."""
+    weights: Weights = field(default_factory=Weights)
+    out: Path = Path("outputs/nano")
+    resolution: int = 512
+    """Of the pictures to validate on; photos with a shorter side are left out."""
+    batch_size: int | None = None
+    """Crops of 256 px to a step; by default 8, on a GPU 32. Larger crops are fewer."""
+    device: Literal["auto", "cpu"] = "auto"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Nano(Conditioned):
+    """A stage's run. Half of the latents are clean: the base, which nobody tells sigma, pays for noise."""
+
+    noise_probability: float = 0.5
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(
+            learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, decay=0.95, max_grad_norm=1.0
+        )
+    )
+    own_encoder: str = ""
+    """That of the first stage, beside TAEF1's."""
+    teacher: str = ""
+    squeezenet: Path | None = None
+    weights: Weights = field(default_factory=Weights)
+
+
+def configure(config: Config) -> Nano:
+    def made_by(stage: str) -> str:
+        if not (config.out / stage).is_dir():
+            raise ValueError(f"{config.stage}: no {config.out / stage}: run the {stage}'s stage first")
+        return str(config.out / stage)
+
+    stage, cpu = config.stage, config.device == "cpu" or not torch.cuda.is_available()
+    starts, distils = {"teacher": "adapter", "student": "teacher", "polish": "student"}, stage in ("student", "polish")
+    if distils and config.squeezenet is None:
+        raise ValueError(f"{stage}: expected --squeezenet squeezenet1_0.safetensors")
+    crops = config.batch_size or (8 if cpu else 32)
+    return Nano(
+        data=Data(source=str(config.data), resolution=config.resolution),
+        encoder=str(config.out / "taef1"),
+        own_encoder="" if stage in ("encoder", "base") else made_by("encoder"),
+        model=made_by(starts[stage]) if stage in starts else "",
+        teacher=made_by("teacher") if distils else "",
+        latent_space="flux",
+        output=config.out / f"{stage}_training",
+        export=config.out / stage,
+        minutes=config.minutes,
+        piece=config.piece,
+        steps=10**6,  # the minutes are over before
+        batch_size=crops,
+        micro_batch_size=crops,
+        ema_decay={"encoder": 0.0, "base": 0.998, "adapter": 0.0}.get(stage, 0.995),
+        # CPUs without instructions for bfloat16 are slower in it.
+        precision="float32" if cpu and not torch.cpu._is_avx512_bf16_supported() else "bfloat16",
+        compile=not cpu,
+        device=config.device,
+        seed=config.seed,
+        log_every=50,
+        validate_every=0 if stage in ("encoder", "base") else 500,  # no pipeline takes what these make
+        checkpoint_every=100,
+        tracker="none",
+        squeezenet=config.squeezenet,
+        weights=config.weights,
+    )
+
+
+def load_taef1(path: Path) -> AutoencoderTiny:
+    """The published files' keys are not diffusers': no `encoder.layers.`, and the decoder has a clamp more."""
+    taef1 = AutoencoderTiny(latent_channels=16)
+    state = {f"encoder.layers.{key}": tensor for key, tensor in load_file(path).items()}
+    for key, tensor in load_file(path.with_name("taef1_decoder.safetensors")).items():
+        index, rest = key.split(".", 1)
+        state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor
+    taef1.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    return taef1.eval().requires_grad_(False)
 
 
 @dataclass
-class Crops:
-    """What a step learns from, B pictures."""
+class Crops(Batch):
+    """Parts of photos, and of the latents of the whole ones: these have seen what lies around."""
 
-    image: torch.Tensor
-    """(B, 3, H, W) in [-1, 1]."""
-    small: torch.Tensor
-    latents: torch.Tensor
-    """Noised to sigma, half of them TAEF1's, half the own encoder's."""
-    sigma: torch.Tensor
+    latents: list[torch.Tensor]
+    """Of each encoder, (B, 16, H/32, W/32)."""
+    inside: torch.Tensor
+    """(B, 1, H/32, W/32): 0 in outermost cells whose latents depend on what was cut away, else 1."""
 
 
-def crops(pairs: list[Pair], size: int, batch: int, rng: random.Random) -> Crops:
-    cells, drawn = size // 32, draw(pairs, size // 32, batch, rng)
-    image = torch.stack([p.photo[:, 32 * y : 32 * y + size, 32 * x : 32 * x + size] for p, y, x in drawn])
-    small = torch.stack([p.small[:, 8 * y : 8 * y + size // 4, 8 * x : 8 * x + size // 4] for p, y, x in drawn])
-    latents = torch.stack([rng.choice((p.latents, p.own))[:, y : y + cells, x : x + cells] for p, y, x in drawn])
-    latents = latents.float()
-    # As eq. 6, but half of the latents are clean: the base, which nobody tells sigma, pays for noise.
-    sigma = torch.rand(batch, device=latents.device) * 0.8 * (torch.rand(batch, device=latents.device) < 0.5)
-    return Crops(image.float() / 127.5 - 1, small.float(), noised(latents, torch.randn_like(latents), sigma), sigma)
+class Photos:
+    """All photos in memory, plain and mirrored, with what is computed of each once and kept in files.
+
+    Args:
+        encoders: folders. Latents are kept in them, so that a new encoder, which replaces its folder, makes them anew.
+    """
+
+    def __init__(self, source: Folder, encoders: list[str], device: torch.device):
+        self.names, self.images = [], []
+        for record in source.items:
+            try:
+                with record.open() as opened:
+                    pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).to(device)
+            except UNREADABLE as error:
+                source.skipped.add(record.name, error)
+                continue
+            height, width = (side // CELL * CELL for side in pixels.shape[1:])
+            pixels = pixels[:, :height, :width].contiguous()
+            self.images += [pixels, pixels.flip(-1)]
+            self.names += [record.name, f"{record.name}, mirrored"]
+        if not self.images:
+            raise ValueError(f"{source.folder}: no picture can be decoded")
+        self.latents = []
+        for folder in encoders:
+            encode = load_image_encoder(folder, device)
+            self.latents.append(self.keep(Path(folder) / "latents.pt", lambda image, of=encode: of(shrink(image, 4))))
+
+    def keep(self, path: Path, make: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """`make` of every picture (1, 3, H, W) in [-1, 1], in float16; from the file, if it is of the same pictures."""
+        pictures = [f"{name}, {tuple(image.shape)}" for name, image in zip(self.names, self.images, strict=True)]
+        kept = torch.load(path, weights_only=True) if path.exists() else None
+        if kept is None or kept["pictures"] != pictures:
+            images = tqdm(self.images, desc=str(path), dynamic_ncols=True)
+            made = [make(image[None].float() / 127.5 - 1)[0].half().cpu() for image in images]
+            kept = {"pictures": pictures, "made": made}
+            write_whole(path, lambda file: torch.save(kept, file))
+        return [tensor.to(image.device) for tensor, image in zip(kept["made"], self.images, strict=True)]
+
+    def crops(self, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
+        """Squares of so many latent cells, drawn by area; edges of a photo are met as often as its inside."""
+        sizes = [latents.shape[1:] for latents in self.latents[0]]
+        places, inside = [], torch.ones(len(samples), 1, cells, cells, device=self.images[0].device)
+        areas = [math.prod(size) if min(size) >= cells else 0 for size in sizes]
+        for mask, index in zip(inside, rng.choices(range(len(sizes)), areas, k=len(samples)), strict=True):
+            y, x = (min(max(rng.randint(-1, side - cells + 1), 0), side - cells) for side in sizes[index])
+            mask[:, 0] *= y == 0
+            mask[:, -1] *= y + cells == sizes[index][0]
+            mask[:, :, 0] *= x == 0
+            mask[:, :, -1] *= x + cells == sizes[index][1]
+            places.append((index, y, x))
+
+        def cut(tensors: list[torch.Tensor], unit: int) -> torch.Tensor:
+            parts = [tensors[n][:, unit * y :, unit * x :][:, : unit * cells, : unit * cells] for n, y, x in places]
+            return torch.stack(parts).float()
+
+        return Crops(
+            image=cut(self.images, CELL) / 127.5 - 1,
+            captions=[""] * len(places),
+            names=[self.names[index] for index, *_ in places],
+            samples=samples,
+            position=position,
+            latents=[cut(latents, 1) for latents in self.latents],
+            inside=inside,
+        )
 
 
-def any_size(pairs: list[Pair], config: Config, rng: random.Random) -> Crops:
-    size = rng.choices(list(SIZES), weights=[share for share, _ in SIZES.values()])[0]
-    return crops(pairs, size, max(1, round(config.crops * SIZES[size][1])), rng)
+class NanoStage:
+    """What all stages share. One step moves every part, on crops of one size.
+
+    Args:
+        muon_rate: learning rate of the model's matrices.
+        trained: the part of the model that trains, if it is not the whole.
+    """
+
+    crops: ClassVar = {8: (1.0, 1.0)}
+    """Side of a crop in latent cells: its share of the steps, and crops to a batch, of `batch_size`."""
+    conditions: Any = None
+
+    def __init__(
+        self,
+        config: Nano,
+        accelerator: Accelerator,
+        model: ModelMixin,
+        muon_rate: float,
+        trained: nn.Module | None = None,
+    ):
+        self.config, self.accelerator, self.model = config, accelerator, model
+        self.network = self.part(model if trained is None else trained, muon_rate)
+        self.parts = {"network": self.network}
+
+    def part(self, module: nn.Module, muon_rate: float) -> Part:
+        module = module.to(memory_format=torch.channels_last).train()
+        return Part(module, self.config.optimizer, self.config, self.accelerator, partial(Muon, muon_rate=muon_rate))
+
+    def batches(self, source: Folder, position: int) -> Iterator[Crops]:
+        config, processes = self.config, self.accelerator.num_processes
+        if not isinstance(source, Folder):
+            raise ValueError(f"data {config.data.source}: expected a folder of photos")
+        source.require([(config.data.resolution,) * 2], CELL)
+        photos = Photos(source, [config.encoder, *filter(None, [config.own_encoder])], self.accelerator.device)
+        largest = max(min(latents.shape[1:]) for latents in photos.latents[0])
+        sizes = {cells: size for cells, size in self.crops.items() if cells <= largest}
+        shares = [share for share, _ in sizes.values()]
+        for step in itertools.count(position):
+            number = step * processes + self.accelerator.process_index
+            rng = Random(f"{config.seed}/crops/{number}")
+            cells = rng.choices(list(sizes), shares)[0]
+            count = max(1, round(config.micro_batch_size * sizes[cells][1]))
+            first = 2 * config.micro_batch_size * number  # no size has more crops than that
+            yield photos.crops(cells, list(range(first, first + count)), rng, step + 1)
+
+    def model_update(self, step: int) -> int:
+        return step
+
+    def update(self, batches: list[Crops], step: int, progress: float) -> dict[str, float]:
+        return update(
+            self.parts, batches, lambda batch: self.losses(batch, progress), step, step, self.accelerator, progress
+        )
+
+    def pipeline(self, model: ModelMixin) -> ModelMixin | PixelDecoderPipeline:
+        """Stages that end with a part of a decoder give it as it is."""
+        return model
+
+    def random(self, batch: Crops) -> SampleRandom:
+        return SampleRandom(self.config.seed, batch.samples, "training", batch.image.device)
+
+
+class EncoderStage(NanoStage):
+    """Mean squared distance to TAEF1's latents, on photos shrunk 4x."""
+
+    def __init__(self, config: Nano, accelerator: Accelerator):
+        super().__init__(config, accelerator, TinyLatentEncoder(), 0.015)
+
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        difference = self.network(shrink(batch.image, 4)) - batch.latents[0]
+        return {"latents": (batch.inside * difference.square()).mean() / batch.inside.mean()}
+
+
+class BaseDecoder(ModelMixin, ConfigMixin):
+    """Latents and their sigma to the small image: TAESD's shape (MIT), with a bias for sigma at every size.
+
+    Args:
+        latent_channels: C of the latents.
+        dim: width of every convolution.
+        num_blocks: residual blocks at 1/8, 1/4, 1/2 and 1/1 of the small image's size.
+    """
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 16, dim: int = 64, num_blocks: tuple[int, ...] = (3, 3, 3, 1)):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent_channels, dim, 3, padding=1)
+        self.sigma_embed = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim * len(num_blocks)))
+        nn.init.zeros_(self.sigma_embed[2].weight)
+        nn.init.zeros_(self.sigma_embed[2].bias)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(AutoencoderTinyBlock(dim, dim, "relu") for _ in range(count))) for count in num_blocks
+        )
+        self.convs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, bias=False) for _ in num_blocks[1:])
+        self.to_small = nn.Conv2d(dim, 3, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, C, h, w) and (B,) -> the small image (B, 3, 8h, 8w) in [-1, 1], and what each stage made on the way."""
+        x = F.relu(self.conv_in(torch.tanh(latents / 3) * 3))
+        biases = self.sigma_embed(sigma[:, None])[..., None, None].chunk(len(self.stages), dim=1)
+        features = []
+        for index, (stage, bias) in enumerate(zip(self.stages, biases, strict=True)):
+            x = stage(x + bias)
+            features.append(x)
+            if index < len(self.convs):
+                x = self.convs[index](F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.to_small(x).mul(2).sub(1), features
+
+
+def taef1_features(decoder: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """TAEF1's picture in [-1, 1] and its features before each upsampling and at the end."""
+    x, features, last = torch.tanh(latents / 3) * 3, [], None
+    for layer in decoder.layers:
+        if isinstance(layer, nn.Upsample):
+            features.append(x)
+        last, x = x, layer(x)
+    return x.mul(2).sub(1), [*features, last]
+
+
+class BaseStage(NanoStage):
+    """The small image, from what TAEF1's decoder makes after each of its stages: dense targets, learnt fast. Noisy
+    latents come in as the stage goes on; they are to give what the clean ones do."""
+
+    crops: ClassVar = {8: (0.5, 2), 12: (0.3, 1), 16: (0.15, 1 / 2), 32: (0.05, 1 / 8)}
+    # In small ones every pixel knows the border; what is far from it must be met as well.
+
+    def __init__(self, config: Nano, accelerator: Accelerator):
+        super().__init__(config, accelerator, BaseDecoder(), 0.015)
+        taef1 = AutoencoderTiny.from_pretrained(config.encoder).decoder.requires_grad_(False)
+        self.taef1 = taef1.to(accelerator.device, memory_format=torch.channels_last)
+
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        random, latents = self.random(batch), batch.latents[0]
+        sigma = self.config.max_sigma * random.uniform() * (random.uniform() < 0.4 * progress)
+        with torch.no_grad(), autocast(latents.device, self.network.autocast):
+            target, wanted = taef1_features(self.taef1, latents)
+        image, features = self.network(add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma)
+        weight = (1 - sigma)[:, None, None, None]
+        terms = {
+            f"stage {index}": (weight * (x.float() - y.float()).square()).mean() / y.float().square().mean()
+            for index, (x, y) in enumerate(zip(features, wanted, strict=True))
+        }
+        return terms | {"picture": 20 * (weight * (image.float() - target.float()).square()).mean()}
+
+
+class DecoderStage(NanoStage):
+    """What the stages of the decoder share: half of the latents are TAEF1's, half the own encoder's; noisy as eq. 6."""
+
+    def __init__(self, config: Nano, accelerator: Accelerator, model: PixelDecoderTransformer2DModel, *args):
+        super().__init__(config, accelerator, model, *args)
+        self.conditions = Conditions(config, model, accelerator.device)
+
+    def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
+        size = CELL * max(VARIED)
+        return PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), latent_space="flux", trained_size=size)
+
+    def inputs(self, batch: Crops, random: SampleRandom) -> dict[str, torch.Tensor]:
+        latents = torch.where(random.uniform(1, 1, 1) < 0.5, *batch.latents)
+        sigma = self.config.max_sigma * random.uniform() * (random.uniform() < self.config.noise_probability)
+        return dict(latents=add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma=sigma)
+
+
+def train_base(model: PixelDecoderTransformer2DModel, trained: bool) -> PixelDecoderTransformer2DModel:
+    for name, parameter in model.adapter.named_parameters():
+        parameter.requires_grad_(trained or not name.startswith(BASE))
+    return model
 
 
 def squared(error: torch.Tensor, patch: int = 16) -> torch.Tensor:
@@ -402,81 +446,54 @@ def squared(error: torch.Tensor, patch: int = 16) -> torch.Tensor:
     return sum(x.square().mean(dim=(1, 2, 3)) for x in terms)
 
 
-def train_adapter(config: Config) -> None:
+class AdapterStage(DecoderStage):
     """The adapter learns to predict the small image, the base of what the decoder puts out: a mean image."""
-    pairs, model = load_pairs(config), build(config)
-    optimizer = Optimizer(model.adapter, 0.03)
 
-    def step(progress: float, rng: random.Random) -> dict[str, float]:
-        batch = crops(pairs, 256, config.crops, rng)
-        with config.autocast():
-            prediction = model.encode_latents(batch.latents, 256, 256).aux_rgb
-        loss = ((1 - batch.sigma) * squared(prediction.float() - batch.small, 4)).mean()
-        optimizer.step(loss, progress)
-        return {"rgb": loss.item()}
+    def __init__(self, config: Nano, accelerator: Accelerator):
+        model = PixelDecoderTransformer2DModel(**NANO)
+        for name, parameter in model.adapter.named_parameters():
+            parameter.requires_grad_(name.startswith(BASE))
+        super().__init__(config, accelerator, model, 0.03, model.adapter)
 
-    if run(config, {"model": model, "optimizer": optimizer}, step):
-        state = {
-            name: value.contiguous() for name, value in model.adapter.state_dict().items() if name.startswith(BASE)
-        }
-        save_file(state, config.out / "base.safetensors")
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        inputs = self.inputs(batch, self.random(batch))
+        grid = tuple(side // NANO["patch_size"] for side in batch.image.shape[2:])
+        prediction = self.network(inputs["latents"], grid, return_aux_rgb=True).aux_rgb
+        return {"rgb": ((1 - inputs["sigma"]) * squared(prediction.float() - shrink(batch.image, 4), 4)).mean()}
 
 
-BASE = ("convs.", "aux_rgb_head.")
-"""The adapter's parts that make the base. It stays as it is until it is polished: the rest learns what is missing."""
+class TeacherStage(DecoderStage):
+    """On top of the base the rest learns by flow matching in x0: that of the velocity, weighted by t^2, lest the few
+    small times rule."""
+
+    crops: ClassVar = VARIED
+
+    def __init__(self, config: Nano, accelerator: Accelerator):
+        super().__init__(config, accelerator, train_base(build_network(config), False), 0.02)
+
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        random, image = self.random(batch), batch.image
+        inputs = self.inputs(batch, random)
+        # Half the times as for the 1024 px pictures that crops stand for, half the sampler's.
+        steps = image.new_tensor(STUDENT_TIMES[:-1])[(4 * random.uniform()).long()]
+        t = torch.where(random.uniform() < 0.5, steps, training_times(random, 1024, 1024)).clamp_min(0.02)
+        x_t = noised(image, random.normal(*image.shape[1:]), t)
+        return {"x0": squared(clean(x_t, self.network(x_t, 1000 * t, **inputs).sample, t) - image).mean()}
 
 
-def freeze_base(model: PixelDecoderTransformer2DModel) -> None:
-    for name, parameter in model.adapter.named_parameters():
-        parameter.requires_grad_(not name.startswith(BASE))
+class Discriminator(nn.Module):
+    """A head for each of SqueezeNet's four layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(PixelDecoderDiscriminator(channels) for channels in (96, 256, 512, 512))
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        # Unit vectors in, about unit values out.
+        return torch.cat([head((x * x.shape[1] ** 0.5,)) for head, x in zip(self.heads, features, strict=True)], dim=1)
 
 
-def clean(
-    model: PixelDecoderTransformer2DModel, noisy: torch.Tensor, t: torch.Tensor, batch: Crops, features: LatentFeatures
-) -> torch.Tensor:
-    """The image that the model sees at time t, (B,)."""
-    velocity = model(noisy, 1000 * t, latent_features=features, sigma=batch.sigma).sample
-    return noisy - t[:, None, None, None] * velocity.float()
-
-
-def save(model: PixelDecoderTransformer2DModel, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="14MB")
-
-
-def train_teacher(config: Config) -> None:
-    """On top of the adapter the rest learns by flow matching in x0; exported: the average."""
-    pairs, model = load_pairs(config), build(config)
-    model.adapter.load_state_dict(load_file(config.out / "base.safetensors"), strict=False)
-    freeze_base(model)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizer = Optimizer(model, 0.02)
-    if config.compile:
-        model.compile_repeated_blocks(dynamic=False)
-
-    def step(progress: float, rng: random.Random) -> dict[str, float]:
-        batch = any_size(pairs, config, rng)
-        # Half the times logit-normal, shifted as for the 1024 px pictures that crops stand for; half the sampler's.
-        t = torch.randn(len(batch.image), device=config.device).sigmoid()
-        t = TIME_SHIFT * t / (1 + (TIME_SHIFT - 1) * t)
-        steps = t.new_tensor(rng.choices(STUDENT_TIMES[:-1], k=len(t)))
-        t = torch.where(torch.rand_like(t) < 0.5, steps, t).clamp_min(0.02)
-        with config.autocast():
-            features = model.encode_latents(batch.latents, *batch.image.shape[2:], return_aux_rgb=True)
-            base = F.interpolate(features.aux_rgb, scale_factor=4, mode="bicubic")
-            image = clean(model, noised(batch.image, torch.randn_like(batch.image), t), t, batch, features)
-        # Flow matching in x0: that of the velocity, weighted by t^2, lest the few small times rule.
-        loss = squared(image - batch.image)
-        optimizer.step(loss.mean(), progress)
-        average.update_parameters(model)
-        gain = 10 * torch.log10(F.mse_loss(base.float(), batch.image) / F.mse_loss(image.detach(), batch.image))
-        return {"loss": loss.mean().item(), "dB over the base": gain.item()}
-
-    if run(config, {"model": model, "average": average, "optimizer": optimizer}, step):
-        save(average.module, config.out / "teacher")
-
-
-def train_student(config: Config) -> None:
+class StudentStage(DecoderStage):
     """After DMD2 (eq. 29 to 31), for a small teacher and a short time. What differs from it:
 
     - the discriminator reads SqueezeNet's features of the clean image, not the teacher's of the noised one, with a head
@@ -484,7 +501,7 @@ def train_student(config: Config) -> None:
     - the image's squared error (weight 4) and the distance of SqueezeNet's features (1) are losses, too; the
       adversarial term counts .03, not .05, and warms up over a tenth of the stage; the variational one .1, not 1, and
       there is no text to guide by;
-    - every update is the student's, the discriminator's and the fake score's in turn, not one of six the student's;
+    - every update is the student's, the discriminator's and the fake score's at once, not one of six the student's;
     - the student's image comes from its own samples, from noise alone twice as often as from each later step;
     - the fake score learns by the squared error of the image (`squared`), at the student's own time and noise, not by
       flow matching;
@@ -492,136 +509,96 @@ def train_student(config: Config) -> None:
       the discriminator; the adapter's base is frozen.
 
     `student` starts from the teacher and leaves the base as it is; `polish` goes on from there and trains that, too."""
-    if config.squeezenet is None:
-        raise SystemExit(f"{config.stage}: expected --squeezenet squeezenet1_0.safetensors")
-    pairs = load_pairs(config)
-    teacher, student = (
-        PixelDecoderTransformer2DModel.from_pretrained(config.out / "teacher", torch_dtype=torch.float32)
-        .to(config.device, memory_format=torch.channels_last)
-        .train()
-        for _ in range(2)
-    )
-    fake = copy.deepcopy(teacher)
-    teacher.requires_grad_(False)
-    freeze_base(fake)
-    if config.stage == "student":
-        freeze_base(student)
-    else:
-        if not (config.out / "student.pt").exists():
-            raise SystemExit(f"polish: no student.pt in {config.out}; run the student's stage first")
-        trained = torch.load(config.out / "student.pt", map_location=config.device, weights_only=True)
-        student.load_state_dict(trained["parts"]["student"])
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    squeezenet = SqueezeNetDistance(config.squeezenet, config.device)
-    discriminator = torch.nn.ModuleList(PixelDecoderDiscriminator(d, patch_logits=True) for d in (96, 256, 512, 512))
-    discriminator.to(config.device)
-    optimizer, fake_optimizer = Optimizer(student, 0.02), Optimizer(fake, 0.02)
-    judge = torch.optim.Adam(discriminator.parameters(), 2e-4, betas=(0.5, 0.99))
-    if config.compile:
-        for model in (student, fake, teacher):
-            model.compile_repeated_blocks(dynamic=False)
 
-    def logits(features: list[torch.Tensor]) -> torch.Tensor:
-        # Unit vectors in, about unit values out; a mean for each layer.
-        each = [head((x * x.shape[1] ** 0.5,)) for head, x in zip(discriminator, features, strict=True)]
-        return torch.cat([x.mean(dim=1, keepdim=True) for x in each], dim=1)
+    crops: ClassVar = VARIED
 
-    def step(progress: float, rng: random.Random) -> dict[str, float]:
-        batch = any_size(pairs, config, rng)
-        size, count = batch.image.shape[2:], len(batch.image)
-        with config.autocast():
-            features = student.encode_latents(batch.latents, *size)
-            # From its own samples up to a random step.
-            last, noisy = rng.choices(range(4), (4, 2, 2, 2))[0], torch.randn_like(batch.image)
-            times = [t * torch.ones(count, device=config.device) for t in STUDENT_TIMES]
-            with torch.no_grad():
-                for now, following in itertools.pairwise(times[: last + 1]):
-                    made = clean(student, noisy, now, batch, features)
-                    noisy = noised(made, torch.randn_like(made), following)
-            image = clean(student, noisy, times[last], batch, features)
+    def __init__(self, config: Nano, accelerator: Accelerator, polish: bool = False):
+        super().__init__(config, accelerator, train_base(build_network(config), polish), 0.02)
+        self.squeezenet = SqueezeNetDistance(config.squeezenet, accelerator.device)
+        if config.weights.vsd:
+            teacher = build_network(replace(config, model=config.teacher))
+            self.fake_score = self.part(train_base(copy.deepcopy(teacher), False), 0.02)
+            self.teacher = teacher.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
+            self.parts["fake_score"] = self.fake_score
+        if config.weights.gan:
+            settings = Optimizer(
+                learning_rate=2e-4, betas=(0.5, 0.99), weight_decay=0.0, warmup_steps=0, max_grad_norm=None
+            )
+            whole = replace(config, precision="float32")
+            self.discriminator = self.parts["discriminator"] = Part(Discriminator(), settings, whole, accelerator)
+
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        weights, random, rng = self.config.weights, self.random(batch), Random(f"{self.config.seed}/{batch.position}")
+        inputs = self.inputs(batch, random)
+        image = self.student_image(batch, inputs, random, rng.choices(range(4), (4, 2, 2, 2))[0])
         # Patches and SqueezeNet's strides of 16 px would always meet in the same way, which it can be fooled by.
         top, left = rng.randrange(16), rng.randrange(16)
+        truth = batch.image[..., top:, left:]
+        real, made = self.squeezenet.features(truth), self.squeezenet.features(image[..., top:, left:])
+        terms = {"pixel": weights.pixel * squared(image - batch.image).mean()}
+        terms["perceptual"] = weights.perceptual * self.squeezenet.between(made, real).mean()
+        if weights.gan:
+            self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
+            judged = self.discriminator.module(made)
+            self.discriminator.module.requires_grad_(True)
+            terms["gan"] = min(1, 10 * progress) * weights.gan * losses.gan_student(judged)
+            perturbed = self.squeezenet.features(truth + 0.1 * random.normal(*truth.shape[1:]))
+            # One pass for all three: a wrapper for many processes counts on one per update.
+            joined = [torch.cat([x.detach() for x in maps]) for maps in zip(made, real, perturbed, strict=True)]
+            fake_logits, real_logits, perturbed_logits = self.discriminator(joined).chunk(3)
+            terms["discriminator"] = losses.gan_discriminator(fake_logits, real_logits)
+            terms["r1"] = 5 * losses.approximate_r1(real_logits, perturbed_logits)
+        if weights.vsd:
+            t = random.normal().sigmoid().clamp(0.02, 0.99)
+            x_t = noised(image.detach(), random.normal(*image.shape[1:]), t)
+            with torch.no_grad(), autocast(image.device, self.network.autocast):
+                x0_teacher = clean(x_t, self.teacher(x_t, 1000 * t, **inputs).sample, t)
+            x0_fake = clean(x_t, self.fake_score(x_t, 1000 * t, **inputs).sample, t)
+            terms["vsd"] = weights.vsd * losses.vsd(image, x0_teacher, x0_fake)
+            terms["fake_score"] = squared(x0_fake - image.detach()).mean()
+        return terms
+
+    def student_image(self, batch: Crops, inputs: dict, random: SampleRandom, last: int) -> torch.Tensor:
+        """From its own samples up to a step."""
+        x_t = random.normal(*batch.image.shape[1:])
+        times = batch.image.new_tensor(STUDENT_TIMES)[:, None].expand(-1, len(x_t))
         with torch.no_grad():
-            real = squeezenet.features(batch.image[..., top:, left:])
-        made = squeezenet.features(image[..., top:, left:])
-        terms = {"pixel": config.pixel_weight * squared(image - batch.image).mean()}
-        terms["perceptual"] = config.perceptual_weight * squeezenet.between(made, real).mean()
-        if config.gan_weight:
-            terms["gan"] = min(1, 10 * progress) * config.gan_weight * losses.gan_student(logits(made))
-        if config.vsd_weight:
-            t = torch.randn(count, device=config.device).sigmoid().clamp(0.02, 0.99)
-            noisy = noised(image.detach(), torch.randn_like(image), t)
-            with config.autocast(), torch.no_grad():
-                x0_teacher, x0_fake = (
-                    clean(model, noisy, t, batch, model.encode_latents(batch.latents, *size))
-                    for model in (teacher, fake)
-                )
-            terms["vsd"] = config.vsd_weight * losses.vsd(image, x0_teacher, x0_fake)
-        optimizer.step(sum(terms.values()), progress)
-        average.update_parameters(student)
-        if config.gan_weight:
-            discriminator.zero_grad()
-            critic = losses.gan_discriminator(logits([x.detach() for x in made]), real_logits := logits(real))
-            shifted = batch.image[..., top:, left:]
-            perturbed = logits(squeezenet.features(shifted + 0.1 * torch.randn_like(shifted)))
-            critic = critic + 5 * losses.approximate_r1(real_logits, perturbed)
-            critic.backward()
-            judge.step()
-            terms["discriminator"] = critic
-        if config.vsd_weight:
-            with config.autocast():
-                x0 = clean(fake, noisy, t, batch, fake.encode_latents(batch.latents, *size))
-            terms["fake_score"] = squared(x0 - image.detach()).mean()
-            fake_optimizer.step(terms["fake_score"], progress)
-        return {name: value.item() for name, value in terms.items()}
-
-    parts = {"student": student, "average": average, "optimizer": optimizer, "discriminator": discriminator}
-    if run(config, {**parts, "judge": judge, "fake": fake, "fake_optimizer": fake_optimizer}, step):
-        save(average.module, config.out / ("student" if config.stage == "student" else "transformer"))
+            for now, following in itertools.pairwise(times[: last + 1]):
+                x0 = clean(x_t, self.network(x_t, 1000 * now, **inputs).sample, now)
+                x_t = noised(x0, random.normal(*x0.shape[1:]), following)
+        return clean(x_t, self.network(x_t, 1000 * times[last], **inputs).sample, times[last])
 
 
-class Optimizer:
+class Muon(torch.optim.AdamW):
     """Muon for the convolutions and the matrices of attention and MLPs, AdamW for the rest.
 
-    The learning rates warm up, then fall in a line. In the minutes that a CPU has, Muon makes the difference: after
-    three of them on one core the encoder and the adapter are where AdamW alone takes them in forty. It is written out
-    here because PyTorch's orthogonalizes in bfloat16, which takes a CPU without such instructions ten times as long as
-    everything else.
+    In the minutes that a CPU has, Muon makes the difference: after three of them on one core the encoder and the
+    adapter are where AdamW alone takes them in forty. It is written out here because PyTorch's orthogonalizes in
+    bfloat16, which takes a CPU without such instructions ten times as long as everything else.
     """
 
-    def __init__(self, model: torch.nn.Module, muon_learning_rate: float, learning_rate: float = 1e-3):
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.weights = [p for name, p in named if p.ndim == 4 or (p.ndim == 2 and re.search(r"\.(attn|mlp)\.", name))]
-        self.others = [p for _, p in named if not any(p is weight for weight in self.weights)]
-        self.momenta = [torch.zeros_like(weight) for weight in self.weights]
-        self.adamw = torch.optim.AdamW(self.others, learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.steps, self.rates = 0, (muon_learning_rate, learning_rate)
+    def __init__(self, module: nn.Module, settings: Optimizer, muon_rate: float):
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.ndim == 4 or (p.ndim == 2 and re.search(r"\.(attn|mlp)\.", name))]
+        others = [p for _, p in named if not any(p is matrix for matrix in matrices)]
+        groups = [{"params": others}, {"params": matrices, "lr": muon_rate}]
+        super().__init__(groups, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay)
 
-    def step(self, loss: torch.Tensor, progress: float) -> None:
-        """Progress of the stage is in [0, 1)."""
-        self.steps += 1
-        muon_rate, rate = (rate * min(1, self.steps / 50) * (1 - 0.95 * progress) for rate in self.rates)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*self.weights, *self.others], 1.0)
-        self.adamw.param_groups[0]["lr"] = rate
-        self.adamw.step()
-        with torch.no_grad():
-            for weight, momentum in zip(self.weights, self.momenta, strict=True):
-                momentum.lerp_(weight.grad, 0.1)
-                update = orthogonal(weight.grad.lerp(momentum, 0.9).flatten(1)).reshape(weight.shape)
-                weight.mul_(1 - 0.01 * muon_rate)
-                weight.sub_(update, alpha=muon_rate * max(1, len(weight) / weight[0].numel()) ** 0.5)
-        for weight in (*self.weights, *self.others):
-            weight.grad = None
-
-    def state_dict(self) -> dict:
-        return {"momenta": self.momenta, "adamw": self.adamw.state_dict(), "steps": self.steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        for momentum, saved in zip(self.momenta, state["momenta"], strict=True):
-            momentum.copy_(saved)
-        self.adamw.load_state_dict(state["adamw"])
-        self.steps = state["steps"]
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        group = self.param_groups[1]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state |= {"momentum": torch.zeros_like(p), "step": torch.zeros(())}  # AdamW looks for its "step"
+            momentum = state["momentum"].lerp_(p.grad, 0.1)
+            update = orthogonal(p.grad.lerp(momentum, 0.9).flatten(1)).reshape(p.shape)
+            p.mul_(1 - group["weight_decay"] * group["lr"])
+            p.sub_(update, alpha=group["lr"] * max(1, len(p) / p[0].numel()) ** 0.5)
+            p.grad = None  # which AdamW passes by
+        super().step()
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
@@ -643,10 +620,8 @@ CROPS = {"budgie": (352, 32), "face": (168, 0), "sign": (60, 120)}
 def bundle(config: Config) -> None:
     """The pipeline's folder as it ships, with a few photos that may be passed on and their latents for the demo."""
     encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
-    transformer = PixelDecoderTransformer2DModel.from_pretrained(config.out / "transformer", torch_dtype=torch.bfloat16)
-    pipeline = PixelDecoderPipeline(
-        transformer, FlowMatchLCMScheduler(shift=1.0), encoder=encoder, latent_space="flux", trained_size=max(SIZES)
-    )
+    pipeline = PixelDecoderPipeline.from_pretrained(config.out / "polish", encoder=encoder, torch_dtype=torch.bfloat16)
+    pipeline.register_to_config(encoder_name=None)
     for part in ("transformer", "encoder"):
         shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
@@ -662,19 +637,29 @@ def bundle(config: Config) -> None:
 
 
 STAGES = {
-    "encoder": train_encoder,
-    "base": train_base,
-    "adapter": train_adapter,
-    "teacher": train_teacher,
-    "student": train_student,
-    "polish": train_student,
-    "bundle": bundle,
-    "baseline": baseline,
+    "encoder": EncoderStage,
+    "base": BaseStage,
+    "adapter": AdapterStage,
+    "teacher": TeacherStage,
+    "student": StudentStage,
+    "polish": partial(StudentStage, polish=True),
 }
 
-if __name__ == "__main__":
-    config = tyro.cli(Config, description=__doc__)
+
+def main(config: Config) -> None:
     for path in (config.taef1, config.taef1.with_name("taef1_decoder.safetensors"), config.squeezenet):
         if path is not None and not path.is_file():
-            raise SystemExit(f"{path}: no such file")
-    STAGES[config.stage](config)
+            raise ValueError(f"{path}: no such file")
+    if not (config.out / "taef1").exists():
+        write_folder(config.out / "taef1", load_taef1(config.taef1).save_pretrained)
+    if config.stage == "bundle":
+        bundle(config)
+    elif config.stage != "baseline":
+        train(configure(config), STAGES[config.stage])
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

@@ -1,20 +1,27 @@
 """The recipes' own scripts, on a few small pictures."""
 
 import importlib.util
+import itertools
+import json
 import math
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from diffusers import AutoencoderTiny
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from families import SqueezeNet
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.training.config import Optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -40,12 +47,37 @@ def photos(tmp_path):
 
 @pytest.fixture
 def nano(monkeypatch):
-    """With a smaller network."""
+    """With a smaller network, on small crops."""
     module = load("nano", monkeypatch)
     small = dict(num_layers=2, num_attention_heads=1, adapter_dim=16, num_adapter_layers=1, pixel_dim=4)
     monkeypatch.setattr(module, "NANO", module.NANO | small)
-    monkeypatch.setattr(module, "SIZES", {64: (1, 1.0)})
+    monkeypatch.setattr(module.NanoStage, "crops", {4: (1, 1.0)})  # of which some cells are inside
+    for stage in (module.BaseStage, module.TeacherStage, module.StudentStage):
+        monkeypatch.setattr(stage, "crops", {2: (1, 1.0)})
     return module
+
+
+@pytest.fixture
+def taef1():
+    torch.manual_seed(0)
+    return AutoencoderTiny(latent_channels=16).eval()
+
+
+@pytest.fixture
+def run(nano, taef1, photos, tmp_path):
+    """Trains a stage for some steps; returns the folder of the last checkpoint."""
+    save_file(SqueezeNet().state_dict(), tmp_path / "squeezenet.safetensors")
+    files = dict(taef1=published(tmp_path, taef1), squeezenet=tmp_path / "squeezenet.safetensors")
+
+    def run(stage, steps, out="out", **kwargs):
+        config = nano.Config(
+            stage=stage, data=photos, **files, out=tmp_path / out, resolution=64, batch_size=2, device="cpu"
+        )
+        nano.main(replace(config, stage="baseline"))
+        config = replace(nano.configure(config), precision="float32", steps=steps, log_every=1)
+        return nano.train(replace(config, **kwargs), nano.STAGES[stage])
+
+    return run
 
 
 def published(folder: Path, taef1: AutoencoderTiny) -> Path:
@@ -59,49 +91,124 @@ def published(folder: Path, taef1: AutoencoderTiny) -> Path:
     return folder / "taef1_encoder.safetensors"
 
 
-def test_nano(nano, photos, tmp_path, capsys):
-    torch.manual_seed(0)
-    taef1 = AutoencoderTiny(latent_channels=16)
-    save_file(SqueezeNet().state_dict(), tmp_path / "squeezenet.safetensors")
-    common = dict(data=photos, taef1=published(tmp_path, taef1), out=tmp_path / "out", batch_size=2, device="cpu")
-    common |= dict(squeezenet=tmp_path / "squeezenet.safetensors", compile=False)
-
-    def run(stage, **kwargs):
-        config = nano.Config(stage=stage, **common, **kwargs)
-        nano.STAGES[stage](config)
-
-    run("baseline")
+def test_nano(run, nano, taef1, tmp_path):
+    """Every stage, from what the ones before it have left."""
+    with pytest.raises(ValueError, match="run the encoder's stage first"):
+        run("adapter", 1)
+    run("encoder", 2)
     loaded = AutoencoderTiny.from_pretrained(tmp_path / "out" / "taef1")
     assert all(torch.equal(a, b) for a, b in zip(taef1.parameters(), loaded.parameters(), strict=True))
-    run("encoder", minutes=1e-4)
-    run("adapter", minutes=math.inf, piece=1e-4)
-    assert not (tmp_path / "out" / "base.safetensors").exists()  # goes on where it was
-    run("adapter", minutes=1e-4)
-    assert "from step 1," in capsys.readouterr().out and (tmp_path / "out" / "base.safetensors").exists()
-    run("teacher", minutes=1e-4)
-    with pytest.raises(SystemExit, match="run the student's stage first"):
-        run("polish", minutes=1e-4)
-    run("student", minutes=1e-4, piece=0)
-    run("student", minutes=1e-4)
-    state = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
-    assert state["step"] >= 1 and state["minutes"] >= 1e-4
-    run("polish", minutes=1e-4)
-    teacher, student, polished = (
-        PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "out" / folder).state_dict()
-        for folder in ("teacher", "student", "transformer")
-    )
-    fake = state["parts"]["fake"]
-    moved = {name for name in teacher if not torch.equal(teacher[name], student[name])}
-    base = {name for name in teacher if name.startswith(("adapter.convs.", "adapter.aux_rgb_head."))}
-    assert moved and base and not moved & base  # the base stays as it is
-    assert {name for name in base if not torch.equal(student[name], polished[name])}  # until it is polished
-    assert any(not torch.equal(teacher[name], fake[name].bfloat16()) for name in moved)
+    assert nano.TinyLatentEncoder.from_pretrained(tmp_path / "out" / "encoder")
+    run("base", 2)
+    assert nano.BaseDecoder.from_pretrained(tmp_path / "out" / "base")
+    run("adapter", 2, validate_every=1)
+    log = [json.loads(line) for line in (tmp_path / "out" / "adapter_training" / "log.jsonl").read_text().splitlines()]
+    assert {"rgb", "psnr_sigma_0.4"} <= set().union(*log)
+    run("teacher", 2)
+    with pytest.raises(ValueError, match="run the student's stage first"):
+        run("polish", 1)
+    run("student", 3)
+    log = [json.loads(line) for line in (tmp_path / "out" / "student_training" / "log.jsonl").read_text().splitlines()]
+    terms = {"pixel", "perceptual", "gan", "discriminator", "r1", "vsd", "fake_score"}
+    assert terms <= set(log[-1]) and all(math.isfinite(value) for value in log[-1].values())
+    # The fake score is the teacher at first, so that nothing is distilled.
+    assert log[0]["gan"] == log[0]["vsd"] == 0 and log[-1]["gan"] > 0 and log[-1]["vsd"] > 0
+    run("polish", 2, weights=nano.Weights(gan=0, vsd=0))
+    log = (tmp_path / "out" / "polish_training" / "log.jsonl").read_text()
+    assert "pixel" in log and not any(term in log for term in ("gan", "discriminator", "vsd", "fake_score"))
+
+    weights = {
+        stage: PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "out" / stage / "transformer").state_dict()
+        for stage in ("adapter", "teacher", "student", "polish")
+    }
+
+    def moved(one, other):
+        return {name for name in weights[one] if not torch.equal(weights[one][name], weights[other][name])}
+
+    base = {name for name in weights["teacher"] if name.startswith(("adapter.convs.", "adapter.aux_rgb_head."))}
+    assert base and moved("adapter", "teacher") and not base & moved("adapter", "teacher")  # it stays as it is
+    assert moved("teacher", "student") and not base & moved("teacher", "student")
+    assert base & moved("student", "polish")  # until it is polished
 
 
-def test_base_decoder(nano, photos, tmp_path):
-    """With TAEF1's weights it is TAEF1's decoder; and it learns from its features."""
-    torch.manual_seed(0)
-    taef1 = AutoencoderTiny(latent_channels=16).eval()
+@pytest.mark.parametrize("stage", ["encoder", "student"])
+def test_nano_resumed_equals_uninterrupted(stage, run, nano, tmp_path):
+    """Killed after a checkpoint and a step more; critics and Muon's momentum go on, too."""
+    for before in itertools.takewhile(lambda name: name != stage, ("encoder", "adapter", "teacher")):
+        run(before, 1)
+    whole = run(stage, 4)
+    folder = tmp_path / "out" / f"{stage}_killed"
+    sound = nano.NanoStage.update
+
+    def killed(self, batches, step, progress):
+        if step == 3:
+            raise KeyboardInterrupt
+        return sound(self, batches, step, progress)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nano.NanoStage, "update", killed)
+        run(stage, 4, output=folder, checkpoint_every=2)
+    resumed = run(stage, 4, output=folder)
+    assert resumed.name == whole.name == "step_00000004"
+    for one, other in zip(*(sorted(tensors(path).items()) for path in (whole, resumed)), strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1]), one[0]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds, optimizers too."""
+    reader = FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    assert any("momentum" in name for name in state) and any("exp_avg" in name for name in state)
+    return state
+
+
+def test_kept_latents_are_of_these_pictures(nano, photos, taef1, tmp_path):
+    """They are made once; for other pictures again."""
+    taef1.save_pretrained(tmp_path / "taef1")
+    load = lambda: nano.Photos(nano.Folder(photos), [str(tmp_path / "taef1")], torch.device("cpu"))  # noqa: E731
+    first = load()
+    image = nano.shrink(first.images[1][None].float() / 127.5 - 1, 4)  # mirrored
+    torch.testing.assert_close(first.latents[0][1].float()[None], taef1.encode(image).latents, atol=2e-3, rtol=1e-3)
+    kept = (tmp_path / "taef1" / "latents.pt").stat().st_mtime_ns
+    load()
+    assert (tmp_path / "taef1" / "latents.pt").stat().st_mtime_ns == kept
+    (photos / "0.png").rename(photos / "9.png")
+    assert torch.equal(load().latents[0][2], first.latents[0][0])
+    assert (tmp_path / "taef1" / "latents.pt").stat().st_mtime_ns != kept
+
+
+def test_crops_are_cut_alike(nano, photos, taef1, tmp_path):
+    """Latents belong to the picture's part, and cells beside a cut are told from those at the photo's edge."""
+    taef1.save_pretrained(tmp_path / "taef1")
+    all_photos = nano.Photos(nano.Folder(photos), [str(tmp_path / "taef1")], torch.device("cpu"))
+    # Every cell by its own value, in picture and latents.
+    for image, latents in zip(all_photos.images, all_photos.latents[0], strict=True):
+        cells = torch.arange(latents[0].numel()).reshape(latents.shape[1:])
+        latents[:] = cells
+        image[:] = cells.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    crops = all_photos.crops(3, list(range(64)), random.Random(0), 5)
+    assert crops.position == 5 and crops.image.shape == (64, 3, 96, 96)
+    cells = crops.latents[0][:, 0]
+    assert torch.equal(((crops.image[:, 0, 16::32, 16::32] + 1) * 127.5).round(), cells)
+    height, width = 8, 9
+    rows, columns = cells[:, 1, 1] // width, cells[:, 1, 1] % width
+    for mask, row, column in zip(crops.inside[:, 0], rows.tolist(), columns.tolist(), strict=True):
+        expected = torch.ones(3, 3)
+        expected[0] *= row == 1
+        expected[2] *= row == height - 2
+        expected[:, 0] *= column == 1
+        expected[:, 2] *= column == width - 2
+        assert torch.equal(mask, expected)
+    assert (rows == 1).any() and (rows == height - 2).any() and not crops.inside.all()
+
+
+def test_base_decoder(nano, taef1):
+    """With TAEF1's weights it is TAEF1's decoder."""
     model, latents = nano.BaseDecoder(), torch.randn(2, 16, 8, 8)
     layers = [layer for layer in taef1.decoder.layers if any(True for _ in layer.parameters())]
     blocks = [layer for layer in layers if not isinstance(layer, torch.nn.Conv2d)]
@@ -119,13 +226,6 @@ def test_base_decoder(nano, photos, tmp_path):
     for ours, theirs in zip(features, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
 
-    common = dict(data=photos, taef1=published(tmp_path, taef1), out=tmp_path / "out", batch_size=2, device="cpu")
-    nano.STAGES["base"](nano.Config(stage="base", **common, minutes=math.inf, piece=1e-4))
-    assert not (tmp_path / "out" / "decoder.safetensors").exists()
-    nano.STAGES["base"](nano.Config(stage="base", **common, minutes=1e-4))
-    trained = load_file(tmp_path / "out" / "decoder.safetensors")
-    model.load_state_dict(trained)
-
 
 def test_muon_is_pytorchs(nano):
     torch.manual_seed(0)
@@ -134,14 +234,16 @@ def test_muon_is_pytorchs(nano):
         torch.manual_seed(1)
         model.add_module("mlp", torch.nn.Sequential(torch.nn.Linear(8, 24, bias=False)))
     muon = torch.optim.Muon(theirs.parameters(), 0.02, weight_decay=0.01, momentum=0.9)
-    optimizer = nano.Optimizer(torch.nn.ModuleDict({"block": ours, "others": torch.nn.Linear(1, 1)}), 0.02)
-    optimizer.steps = 50  # warmed up
+    model = torch.nn.ModuleDict({"block": ours, "others": torch.nn.Linear(1, 1)})
+    optimizer = nano.Muon(model, Optimizer(weight_decay=0.01), 0.02)
     for _ in range(3):
-        x = 0.3 * torch.randn(64, 8)  # gradients too small to be clipped
+        x = 0.3 * torch.randn(64, 8)
         theirs(x).square().mean().backward()
         muon.step()
         muon.zero_grad()
-        optimizer.step(ours(x).square().mean(), 0.0)
+        ours(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     torch.testing.assert_close(ours.mlp[0].weight, theirs.mlp[0].weight, atol=2e-3, rtol=0)  # theirs in bfloat16
 
 

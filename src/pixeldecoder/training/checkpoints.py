@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from pixeldecoder.files import write_folder
 from pixeldecoder.models.encoder import TinyLatentEncoder
-from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.presets import NANO
 from pixeldecoder.training.config import FREE, Run, changes, load_yaml, to_dict, write_yaml
 from pixeldecoder.training.parts import Average, Part, Stage, TrainingError
@@ -177,10 +177,10 @@ def export(config: Run, stage: Stage, average: Average) -> None:
             layers = get_peft_model_state_dict(stage.model, state_dict=state)
             save = partial(pipeline.save_lora_weights, transformer_lora_layers=layers)
         else:
-            model = PixelDecoderTransformer2DModel.from_config(stage.model.config)
+            model = type(stage.model).from_config(stage.model.config)
             model.load_state_dict(state)
             pipeline = stage.pipeline(model.eval())
-            encoder = getattr(config, "encoder", "")
+            encoder = getattr(config, "encoder", "") if isinstance(pipeline, PixelDecoderPipeline) else ""
             if encoder == "nano":  # small enough to go with it
                 pipeline.register_modules(encoder=TinyLatentEncoder.from_pretrained(NANO / "encoder"))
             if encoder:

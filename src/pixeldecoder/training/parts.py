@@ -22,7 +22,6 @@ from torch.linalg import vector_norm
 
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import Folder, Shards
-from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.training.config import Optimizer, Run
 from pixeldecoder.training.data import Batch
 
@@ -169,8 +168,9 @@ class Stage(Protocol):
     def model_update(self, step: int) -> int | None:
         """Which of the updates of `model` this step is, from 0; `None`: it is of other parts alone."""
 
-    def pipeline(self, model: Any) -> PixelDecoderPipeline:
-        """Around a model of the kind that it trains: what is validated and exported."""
+    def pipeline(self, model: Any) -> Any:
+        """Around a model of the kind that it trains: what is validated and exported; the model itself, if it is a part
+        of a decoder alone, and then never validated."""
 
 
 def autocast(device: torch.device, enabled: bool):
