@@ -59,29 +59,12 @@ from pixeldecoder.training.network import build_network
 from pixeldecoder.training.parts import Part, Terms, autocast, update
 
 NANO = dict(
-    patch_size=16,
-    num_layers=4,
-    num_attention_heads=4,
-    attention_head_dim=64,
-    num_pixel_layers=1,
-    pixel_dim=8,
-    num_pixel_attention_heads=2,
-    pixel_attention_head_dim=32,
-    text_embed_dim=None,
-    latent_channels=16,
-    latent_downscale_factor=8,
-    scale=4,
-    adapter_dim=160,
-    num_adapter_layers=4,
-    adapter_padding_mode="replicate",
-    injection_interval=1,
-    per_channel_gate=False,
-    inject_pixels=True,
-    aux_rgb=True,
-    aux_rgb_base=True,
-    prediction_type="sample",
-    rope_reference_size=512,
-)
+    patch_size=16, num_layers=4, num_attention_heads=4, attention_head_dim=64, text_embed_dim=None,
+    num_pixel_layers=1, pixel_dim=8, num_pixel_attention_heads=2, pixel_attention_head_dim=32,
+    latent_channels=16, latent_downscale_factor=8, scale=4, adapter_dim=160, num_adapter_layers=4,
+    adapter_padding_mode="replicate", injection_interval=1, per_channel_gate=False, inject_pixels=True,
+    aux_rgb=True, aux_rgb_base=True, prediction_type="sample", rope_reference_size=512,
+)  # fmt: skip
 BASE = ("convs.", "aux_rgb_head.")
 """The adapter's parts that make the base. It stays as it is until it is polished: the rest learns what is missing."""
 CELL = 32
