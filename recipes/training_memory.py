@@ -7,9 +7,10 @@ Latents and prompt embeddings are made up: encoders are left out. Counting follo
 (networks, average, gradients, AdamW, activations) without their values; an allocator needs somewhat more.
 """
 
+import itertools
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import tyro
 import yaml
 from accelerate import Accelerator
+from diffusers.models.modeling_utils import no_init_weights
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -102,28 +104,22 @@ def main(config: Config) -> None:
             print(f"| {name} | {resolution} px | {peak / 1e9:.1f} GB | {rate} |", flush=True)
 
 
-def apply_by_replacing(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
-    """`Module.to` changes parameters in place, which tensors without values do not allow."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                new = function(parameter.detach())
-                part._parameters[name] = torch.nn.Parameter(new, parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else function(buffer)
-    return module
-
-
 def one(run: Teacher | Student, resolution: int, config: Config) -> tuple[int, str]:
     """Peak bytes and samples per second of one stage, a micro-batch at a time; of the full network if none is given."""
-    # Random weights serve, and initialising 1.4 G of them on a CPU takes longer than the measurement.
-    torch.nn.init.trunc_normal_ = lambda tensor, **_: tensor
-    if not config.measure:
-        torch.nn.Module._apply = apply_by_replacing
     accelerator = Accelerator(cpu=not config.measure)
-    fake = nullcontext() if config.measure else FakeTensorMode(allow_non_fake_inputs=True)
-    counter = nullcontext() if config.measure else Counter()
-    with TemporaryDirectory() as folder, fake, counter:
+    counter = Counter()
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        if config.measure:
+            # Fresh weights begin on the GPU: making 1.4 G of them on a CPU takes longer than the measurement.
+            stack.enter_context(accelerator.device)
+        else:
+            stack.enter_context(no_init_weights())  # of tensors without values
+            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            # It remembers what stands for what by weak references, with which `Module.to` cannot replace a tensor.
+            converter, numbers = mode.fake_tensor_converter, itertools.count()
+            converter.set_tensor_memo = lambda *_: None
+            converter.meta_converter.describer.get_tensor_id = lambda _: next(numbers)
+            stack.enter_context(counter)
         if run.architecture is None:
             run = replace(run, architecture=Path(folder) / "architecture.yaml")
             run.architecture.write_text(yaml.safe_dump(dict(PRESET.config)))

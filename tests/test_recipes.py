@@ -16,8 +16,10 @@ import torch.distributed.checkpoint as dcp
 from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from conftest import TINY_NANO
 from families import SqueezeNet
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -245,6 +247,23 @@ def test_muon_is_pytorchs(nano):
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(ours.mlp[0].weight, theirs.mlp[0].weight, atol=2e-3, rtol=0)  # theirs in bfloat16
+
+
+@pytest.mark.parametrize("run", ["teacher, everything", "student"])
+def test_training_memory_is_counted(run, monkeypatch, tmp_path):
+    """Weights, average, gradients and AdamW's two moments are there at once; PyTorch is as it was afterwards."""
+    memory = load("training_memory", monkeypatch)
+    (tmp_path / "network.json").write_text(json.dumps(TINY_NANO))
+    before = torch.nn.Module._apply, torch.nn.init.trunc_normal_
+    config = replace(memory.RUNS[run], architecture=tmp_path / "network.json", micro_batch_size=1)
+    if run == "student":
+        config = replace(config, feature_blocks=(0,))
+    peak, _ = memory.one(config, 64, memory.Config())
+    weights = 4 * sum(p.numel() for p in PixelDecoderTransformer2DModel(**TINY_NANO).parameters())
+    networks = 4 + 1 + (1 + 4 if run == "student" else 0)
+    assert networks * weights < 1.2 * peak < 3 * networks * weights + 2e7
+    assert (torch.nn.Module._apply, torch.nn.init.trunc_normal_) == before
+    assert not isinstance(torch.zeros(1), FakeTensor)
 
 
 @pytest.mark.slow
