@@ -43,12 +43,12 @@ LARGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}
 
 def is_folder(output: Path) -> bool:
     """Whether an output is, or is to be, a folder."""
-    return output.is_dir() or not output.suffix
+    return os.path.isdir(output) or not output.suffix
 
 
 def check_target(path: Path, suffixes: tuple[str, ...], overwrite: bool = True, inputs: Iterable[Path] = ()) -> None:
     """Raises ValueError if a file of one of these kinds cannot be made there, or may not be: see `check_new`."""
-    if path.suffix.lower() not in suffixes or path.is_dir():
+    if path.suffix.lower() not in suffixes or os.path.isdir(path):
         raise ValueError(f"{path}: expected a file ending in {', '.join(suffixes)}")
     check_writable(path)
     check_new(path, overwrite, inputs)

@@ -17,15 +17,15 @@ class Demo(Pictures):
     """
 
     output: Path = Path("outputs/demo")
-    """Folder for comparison.png, or a file for it."""
+    """Folder of the pictures."""
 
     def run(self) -> None:
-        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, is_folder, save_image
+        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, save_image
 
         self.check()
         if self.decoder != "nano":
             raise ValueError("the demo's latents are nano's: use decode or upscale with another decoder")
-        target = self.output / "comparison.png" if is_folder(self.output) else self.output
+        target = self.output if self.recorded else self.output / "comparison.png"
         check_target(target, IMAGE_SUFFIXES, self.overwrite)
 
         from pixeldecoder.cli.comparison import comparison

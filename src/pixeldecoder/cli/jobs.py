@@ -64,12 +64,6 @@ class Jobs:
         if not source.exists():
             raise ValueError(f"{source}: no such file or folder")
         self.several, into = source.is_dir(), is_folder(output)
-        if self.several and (output.is_file() or not into):
-            why = " is a file" if output.is_file() else ""
-            raise ValueError(f"{output}{why}: a folder of inputs needs a folder as output, whose name has no suffix")
-        if not into and output.suffix.lower() not in output_suffixes:
-            kind = "an image" if output_suffixes == IMAGE_SUFFIXES else "a file"
-            raise ValueError(f"{output}: expected {kind} ending in {', '.join(output_suffixes)}, or a folder")
         if self.several:
             paths = self._walk(source, output, suffixes)
             base = source
@@ -77,6 +71,12 @@ class Jobs:
             raise ValueError(f"{source}: expected one of {', '.join(suffixes)}, got {source.suffix or 'no suffix'!r}")
         else:
             paths, base = [source], source.parent
+        if self.several and (output.is_file() or not into):
+            why = " is a file" if output.is_file() else ""
+            raise ValueError(f"{output}{why}: a folder of inputs needs a folder as output, whose name has no suffix")
+        if not into and output.suffix.lower() not in output_suffixes:
+            kind = "an image" if output_suffixes == IMAGE_SUFFIXES else "a file"
+            raise ValueError(f"{output}: expected {kind} ending in {', '.join(output_suffixes)}, or a folder")
         check_writable(output)
         stems = {path: path.relative_to(base).with_name(path.stem) for path in paths}
         if twice := [stem for stem, times in Counter(stems.values()).items() if times > 1]:
@@ -135,7 +135,7 @@ class Jobs:
         wanted = []
         for job in self.jobs:
             for target in job.targets:
-                if target.exists() and (target.stat().st_dev, target.stat().st_ino) in there:
+                if os.path.exists(target) and (target.stat().st_dev, target.stat().st_ino) in there:
                     raise ValueError(f"{target} would overwrite its input: give another output")
         if in_place:
             raise ValueError(f"{in_place}: outputs among the inputs would be inputs next time: give another folder")
