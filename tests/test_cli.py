@@ -575,7 +575,7 @@ def test_device_and_dtype_of_text(tmp_path, monkeypatch, capsys):
     save_file({"prompt_embeds": torch.zeros(1, 5, 7)}, "other.safetensors")
     assert main([*common, "--prompt-embeds", "other.safetensors"]) == 2
     assert "other.safetensors: expected (1, T, 20), got (1, 5, 7)" in capsys.readouterr().err
-    assert main([*common[:3], "--save-prompt-embeds", "p.safetensors", "--device", "cpu"]) == 2
+    assert main([*common[:2], "b.png", "--save-prompt-embeds", "p.safetensors", "--device", "cpu"]) == 2
     assert "--save-prompt-embeds: this decoder reads no text" in capsys.readouterr().err
 
 
