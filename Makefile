@@ -4,7 +4,7 @@ PIP = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 .PHONY: demo test test-slow test-gpu check
 
 demo: .venv/installed
-	.venv/bin/pixeldecoder demo
+	.venv/bin/pixeldecoder demo --overwrite
 
 # The networks are tiny: a process for each core, not a thread.
 test: .venv/installed-test check

@@ -518,7 +518,7 @@ def test_layout_and_execution_reach_the_decoder(run, called, capsys, monkeypatch
     torch.save(LATENTS, "z.pt")
     compiled = []
     monkeypatch.setattr("pixeldecoder.execution.compile_blocks", compiled.append)
-    common = ["decode", "z.pt", "a.png", "--steps", "1"]
+    common = ["decode", "z.pt", "a.png", "--steps", "1", "--overwrite"]
     assert run(*common, "--tile", "32", "--tile-overlap", "0", "--chunk", "3", "--max-memory", "6GB") == 0
     assert "6 tiles of 32 x 32 px, 3 patches at a time" in capsys.readouterr().err
     assert run(*common, "--tile", "none", "--max-memory", "6000000000") == 0
@@ -556,7 +556,7 @@ def test_device_and_dtype_of_text(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("pixeldecoder.text.PromptEncoder", Encoder)
     monkeypatch.setattr("pixeldecoder.pipeline.PromptEncoder", lambda: None)
-    common = ["decode", "z.pt", "a.png", "--decoder", "reads", "--device", "cpu", "--steps", "1"]
+    common = ["decode", "z.pt", "a.png", "--decoder", "reads", "--device", "cpu", "--steps", "1", "--overwrite"]
     options = [
         "--text-encoder",
         "some/gemma",
@@ -575,7 +575,7 @@ def test_device_and_dtype_of_text(tmp_path, monkeypatch, capsys):
     save_file({"prompt_embeds": torch.zeros(1, 5, 7)}, "other.safetensors")
     assert main([*common, "--prompt-embeds", "other.safetensors"]) == 2
     assert "other.safetensors: expected (1, T, 20), got (1, 5, 7)" in capsys.readouterr().err
-    assert main([*common[:3], "--save-prompt-embeds", "p.safetensors", "--device", "cpu"]) == 2
+    assert main([*common[:2], "b.png", "--save-prompt-embeds", "p.safetensors", "--device", "cpu"]) == 2
     assert "--save-prompt-embeds: this decoder reads no text" in capsys.readouterr().err
 
 
@@ -695,8 +695,8 @@ def test_options_of_generate(run, model, latent_calls, called, monkeypatch, caps
 
     generated = []
     monkeypatch.setattr(ldm, "generate", lambda *args, **kwargs: generated.append(kwargs) or exit(7))
-    assert run("generate", "a cat", "a.png", "--model", model, "--offload", "--compare") == 7
-    assert run("generate", "a cat", "a.png", "--model", model, "--latent-space", "flux") == 7
+    assert run("generate", "a cat", "b.png", "--model", model, "--offload", "--compare") == 7
+    assert run("generate", "a cat", "b.png", "--model", model, "--latent-space", "flux") == 7
     assert [kwargs["offload"] for kwargs in generated] == [kwargs["compare"] for kwargs in generated] == [True, False]
     assert [kwargs["latent_space"] for kwargs in generated] == [None, "flux"]
 
@@ -713,7 +713,7 @@ def test_prompts_of_generate(model, latent_calls, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PixelDecoderPipeline, "encode_prompt", encode_prompt)
     common = ["generate", "a cat", "a.png", "--model", model, "--decoder", "reads", "--device", "cpu", "--steps", "1"]
-    assert main([*common, *GENERATE]) == main([*common, *GENERATE, "--prompt", "a dog"]) == 0
+    assert main([*common, *GENERATE]) == main([*common, *GENERATE, "--prompt", "a dog", "--overwrite"]) == 0
     assert read == ["a cat", "a dog"] and [given["prompt"] for given in latent_calls] == ["a cat", "a cat"]
 
 
@@ -850,7 +850,7 @@ def test_demo_tells_noise_from_noise(monkeypatch, tmp_path):
     monkeypatch.setattr(cli.demo.Demo, "load", lambda self: Pipeline())
     for seed, sigma in ("0", 0.3), ("0", 0.6), ("1", 0.3):
         monkeypatch.setattr(demo, "SIGMA", sigma)
-        assert main(["demo", "--seed", seed, "--output", "there"]) == 0
+        assert main(["demo", "--seed", seed, "--output", "there", "--overwrite", "--no-metadata"]) == 0
     assert os.listdir("there") == ["comparison.png"]
     each = len(draws) // 3
     assert draws[0] == draws[1] and draws[: 2 * each] == [draws[0]] * 2 * each and draws[-1] != draws[0]

@@ -81,48 +81,6 @@ def test_jpeg_of_quality_95():
     assert Image.open("a.jpg").quantization[0][0] == 2
 
 
-def jobs(source, output):
-    pairs = files.jobs(Path(source), Path(output), files.IMAGE_SUFFIXES, files.IMAGE_SUFFIXES, "png")
-    return [(str(path), str(target)) for path, target in pairs]
-
-
-def test_where_outputs_go():
-    for name in "photo.jpg", "in/b.PNG", "in/a.jpg", "in/notes.txt", "v1.5/old.png":
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).touch()
-    assert jobs("photo.jpg", "large.webp") == [("photo.jpg", "large.webp")]
-    assert jobs("photo.jpg", "new") == jobs("photo.jpg", "new/") == [("photo.jpg", "new/photo.png")]
-    assert jobs("photo.jpg", "v1.5") == [("photo.jpg", "v1.5/photo.png")]  # it is there, whatever it is called
-    assert jobs("in", "out") == [("in/a.jpg", "out/a.png"), ("in/b.PNG", "out/b.png")]
-
-
-@pytest.mark.parametrize(
-    ("source", "output", "message"),
-    [
-        ("none.jpg", "a.png", "none.jpg: no such file or folder"),
-        ("notes.txt", "a.png", "notes.txt: expected one of .png, .webp, .jpg, .jpeg, got '.txt'"),
-        ("photo.jpg", "a.gif", "a.gif: expected an image ending in .png, .webp, .jpg, .jpeg, or a folder"),
-        ("twice", "out", "twice: several files would become a.png: rename one"),
-        ("empty", "out", "empty: expected files ending in .png, .webp, .jpg, .jpeg, found none"),
-        ("one", "out.png", "out.png: a folder of inputs needs a folder as output, whose name has no suffix"),
-        ("one", "notes", "notes is a file: a folder of inputs needs a folder as output, whose name has no suffix"),
-        ("photo.jpg", "photo.jpg", "photo.jpg would overwrite its input: give another output"),
-        ("one", "one", "one/a.png would overwrite its input: give another output"),
-        ("photo.jpg", "notes.txt/a.png", "notes.txt/a.png: {here}/notes.txt is not a folder"),
-        ("photo.jpg", "notes/deep/a.png", "notes/deep/a.png: {here}/notes is not a folder"),
-    ],
-)
-def test_bad_paths(source, output, message):
-    for name in "photo.jpg", "notes.txt", "notes", "twice/a.jpg", "twice/a.png", "one/a.png":
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).touch()
-    os.mkdir("empty")
-    before = sorted(map(str, Path().rglob("*")))
-    with pytest.raises(ValueError, match=f"^{message.format(here=os.getcwd())}".replace(".", r"\.")):
-        jobs(source, output)
-    assert sorted(map(str, Path().rglob("*"))) == before
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_to():
     os.mkdir("closed", 0o555)
@@ -150,9 +108,10 @@ def test_what_a_format_cannot_hold():
 def test_latents_with_their_sigma(tensors, sigma):
     for path, save in (Path("z.safetensors"), save_file), (Path("z.pt"), torch.save):
         save(tensors, path)
-        latents, found = files.load_latents(path)
-        assert torch.equal(latents, tensors["latents"])
-        assert (found if found is None else found.tolist()) == sigma
+        read = files.load_latents(path)
+        assert torch.equal(read.tensor.reshape(tensors["latents"].shape), tensors["latents"]) and read.tensor.ndim == 4
+        assert (read.sigma if read.sigma is None else read.sigma.tolist()) == sigma
+        assert files.inspect_latents(path) == (read.tensor.shape, None)
 
 
 def test_latents_that_are_no_plain_numbers():
@@ -191,10 +150,12 @@ def test_pictures_that_are_none():
 def test_suffixes_in_capitals():
     np.save("z.npy", np.ones((2, 3, 4), np.float32))
     save_file({"latents": torch.ones(2, 3, 4)}, "z.safetensors")
+    save_file({"latent_tensor": torch.ones(2, 3, 4)}, "z.latent")
     torch.save(torch.ones(2, 3, 4), "z.pt")
     for suffix in files.LATENT_SUFFIXES:
         Path(f"z{suffix}").rename(f"Z{suffix.upper()}")
-        assert files.load_latents(Path(f"Z{suffix.upper()}"))[0].shape == (2, 3, 4)
+        path = Path(f"Z{suffix.upper()}")
+        assert files.load_latents(path).tensor.shape == files.inspect_latents(path)[0] == (1, 2, 3, 4)
 
 
 def test_pictures_and_tensors_are_the_same():
@@ -222,12 +183,4 @@ def test_whole_numbers_become_real_ones():
     np.save("z.npy", np.ones((2, 3, 4), np.int64))
     torch.save({"z": torch.ones(2, 3, 4, dtype=torch.float16)}, "z.pt")
     for name in "z.npy", "z.pt":
-        assert files.load_latents(Path(name))[0].dtype == torch.float32
-
-
-def test_a_bar_is_for_several(monkeypatch):
-    shown = []
-    monkeypatch.setattr(files, "tqdm", lambda pairs, desc, disable: shown.append(not disable) or pairs)
-    for count in 1, 2:
-        assert list(files.progress([(Path("a"), Path("b"))] * count)) == [(Path("a"), Path("b"))] * count
-    assert shown == [False, True]
+        assert files.load_latents(Path(name)).tensor.dtype == torch.float32

@@ -3,83 +3,61 @@
 Torch is imported where a tensor is made: what is wrong with a path can be told before.
 """
 
+import json
+import logging
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from PIL import Image, PngImagePlugin
+from PIL.ExifTags import IFD, Base
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
-LATENT_SUFFIXES = (".safetensors", ".npy", ".pt")
+LATENT_SUFFIXES = (".safetensors", ".npy", ".pt", ".latent")
+COMFYUI = "latent_tensor"
+"""What ComfyUI calls its latents, which are not normalised."""
+MADE = "pixeldecoder"
+"""Key of the text in a PNG that says how it was made."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on nearly every file system."""
+LONGEST_EXIF = 65_000
+"""Bytes of text that JPEG's one segment of EXIF holds beside the rest."""
+_ASCII = b"ASCII\0\0\0"
+"""How EXIF marks the encoding of a comment."""
 LARGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}
 """Pixels that a format can hold."""
 
 
-def jobs(
-    source: Path, output: Path, suffixes: tuple[str, ...], output_suffixes: tuple[str, ...], format: str
-) -> list[tuple[Path, Path]]:
-    """Each input with its output.
-
-    Args:
-        source: a file, or a folder of them.
-        output: a file with one of `output_suffixes`; or a folder, there or not, which gets a file of each input's name.
-        format: suffix of the files in an output folder, without its dot.
-
-    Raises:
-        ValueError: no such input, or an output that cannot be; told before anything is loaded.
-    """
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
-    if source.is_dir():
-        paths = sorted(path for path in source.iterdir() if path.suffix.lower() in suffixes)
-        if not paths:
-            raise ValueError(f"{source}: expected files ending in {', '.join(suffixes)}, found none")
-        stems = [path.stem for path in paths]
-        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-            raise ValueError(f"{source}: several files would become {twice[0]}.{format}: rename one")
-    elif source.suffix.lower() not in suffixes:
-        raise ValueError(f"{source}: expected one of {', '.join(suffixes)}, got {source.suffix or 'no suffix'!r}")
-    else:
-        paths = [source]
-    into = is_folder(output)
-    if source.is_dir() and (output.is_file() or not into):
-        why = " is a file" if output.is_file() else ""
-        raise ValueError(f"{output}{why}: a folder of inputs needs a folder as output, whose name has no suffix")
-    if not into and output.suffix.lower() not in output_suffixes:
-        kind = "an image" if output_suffixes == IMAGE_SUFFIXES else "a file"
-        raise ValueError(f"{output}: expected {kind} ending in {', '.join(output_suffixes)}, or a folder")
-    pairs = [(path, output / f"{path.stem}.{format}" if into else output) for path in paths]
-    for path, target in pairs:
-        if target.exists() and target.samefile(path):
-            raise ValueError(f"{target} would overwrite its input: give another output")
-    check_writable(pairs[0][1])
-    return pairs
-
-
 def is_folder(output: Path) -> bool:
     """Whether an output is, or is to be, a folder."""
-    return output.is_dir() or not output.suffix
+    return os.path.isdir(output) or not output.suffix
 
 
-def check_target(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises ValueError if a file of one of these kinds cannot be made there."""
-    if path.suffix.lower() not in suffixes or path.is_dir():
+def check_target(path: Path, suffixes: tuple[str, ...], overwrite: bool = True, inputs: Iterable[Path] = ()) -> None:
+    """Raises ValueError if a file of one of these kinds cannot be made there, or may not be: see `check_new`."""
+    if path.suffix.lower() not in suffixes or os.path.isdir(path):
         raise ValueError(f"{path}: expected a file ending in {', '.join(suffixes)}")
     check_writable(path)
+    check_new(path, overwrite, inputs)
 
 
 def check_writable(path: Path) -> None:
     """Raises ValueError if a file or folder cannot be made there."""
+    if (length := len(os.fsencode(path.name))) > LONGEST_NAME:
+        raise ValueError(f"{path}: a name of {length} bytes, expected at most {LONGEST_NAME}")
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if there != path and not there.is_dir():
         raise ValueError(f"{path}: {there} is not a folder")
@@ -87,46 +65,155 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path}: {there} may not be written to")
 
 
-def progress(pairs: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Path]]:
-    """Under a progress bar, if there are several."""
-    return iter(tqdm(pairs, desc="files", disable=len(pairs) < 2))
+def check_new(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raises ValueError if something would be lost: an input always, another file unless it may be overwritten."""
+    if path.exists():
+        if any(other.exists() and path.samefile(other) for other in inputs):
+            raise ValueError(f"{path} would overwrite its input: give another output")
+        if not overwrite:
+            raise ValueError(f"{path} exists: give another output, or --overwrite to replace it")
 
 
-def load_latents(path: Path) -> "tuple[torch.Tensor, torch.Tensor | None]":
-    """(C, h, w) or (B, C, h, w) from .safetensors, .npy or .pt, and the "sigma" in [0, 1] that a file says they have,
-    one or B; nothing in the file is executed."""
+@dataclass(frozen=True)
+class Latents:
+    """What a file of latents holds."""
+
+    tensor: "torch.Tensor"
+    """(B, C, h, w), float32."""
+    sigma: "torch.Tensor | None" = None
+    """"sigma" in [0, 1], one or B: the noise they have."""
+    size: tuple[int, int] | None = None
+    """"size", height and width in pixels of the picture that was encoded, before it was padded to whole cells."""
+    denormalized: bool = False
+    """ComfyUI's: as an autoencoder's `decode` takes them."""
+    space: str | None = None
+    """The latent space that the file names."""
+
+
+def inspect_latents(path: Path) -> tuple[tuple[int, ...], tuple[int, int] | None]:
+    """Shape (B, C, h, w) and "size" of the latents in a file, by its head; PyTorch is wanted for a .pt alone.
+
+    Raises:
+        ValueError: as `load_latents`, as far as the head tells.
+    """
+    from safetensors import safe_open
+
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return _batch_shape(path, _read_array(path).shape), None
+    if suffix == ".pt":
+        latents = load_latents(path)
+        return tuple(latents.tensor.shape), latents.size
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, "numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no dictionary
+            size = file.get_tensor("size") if "size" in shapes else None
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable file of tensors, or truncated ({_first_line(error)})") from None
+    name = _latents_name(path, shapes)
+    return _batch_shape(path, shapes[name], name), _size(path, size)
+
+
+def load_latents(path: Path) -> Latents:
+    """From .safetensors, .npy, .pt, or .latent, ComfyUI's; nothing in the file is executed.
+
+    Raises:
+        ValueError: not readable, or no latents (C, h, w) or (B, C, h, w) of plain real numbers in it.
+    """
+    import torch
+    from safetensors import safe_open
+
+    held: dict[str, Any] = {}
+    name = ""
+    space = None
+    if path.suffix.lower() == ".npy":
+        tensor = torch.from_numpy(_read_array(path).astype(np.float32))
+    else:
+        read = read_tensors(path)
+        held = read if isinstance(read, dict) else {"latents": read}
+        name = _latents_name(path, held)
+        tensor = held[name]
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, "numpy") as file:
+                space = (file.metadata() or {}).get("latent_space")
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(tensor)[:200]}')
+    shape = _batch_shape(path, tensor.shape, name)
+    if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{path}: expected plain real numbers, got {tensor.dtype}, {tensor.layout}")
+    tensor = tensor.float().reshape(shape).clone()  # no longer the file, which may change
+    if name == COMFYUI and "latent_format_version_0" not in held:
+        tensor /= 0.18215  # as all were stored at first, whatever the model
+    sigma = held.get("sigma")
+    return Latents(
+        tensor, None if sigma is None else _sigma(path, sigma, len(tensor)), _size(path, held.get("size")),
+        name == COMFYUI, space,
+    )  # fmt: skip
+
+
+def _latents_name(path: Path, held: Mapping[Any, Any]) -> str:
+    """Of the tensor that is meant: "latents", ComfyUI's "latent_tensor", or the only one."""
+    for name in ("latents", COMFYUI, *(held if len(held) == 1 else ())):
+        if name in held:
+            return name
+    names = str(sorted(map(str, held)))[:200]
+    raise ValueError(f'{path}: expected one tensor, or one called "latents", got {names}')
+
+
+def _batch_shape(path: Path, shape: Sequence[int], name: str = "") -> tuple[int, ...]:
+    """As (B, C, h, w); ComfyUI's of video autoencoders hold one frame, (B, C, 1, h, w)."""
+    shape = tuple(shape)
+    if name == COMFYUI and len(shape) == 5 and shape[2] == 1:
+        shape = (*shape[:2], *shape[3:])
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise ValueError(f"{path}: expected latents (C, h, w) or (B, C, h, w), got {shape}")
+    return shape if len(shape) == 4 else (1, *shape)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """Real numbers, mapped, so that a head that promises more than the file holds takes no memory."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # whatever Python's parser says of a broken head
+        raise ValueError(f"{path}: not a readable array of numbers ({_first_line(error)})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise ValueError(f"{path}: not a readable array of numbers, expected plain real ones, got {kind}")
+    return array
+
+
+def _sigma(path: Path, sigma: Any, count: int) -> "torch.Tensor":
     import torch
 
-    sigma = None
-    if path.suffix.lower() == ".npy":
-        try:
-            found = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, OSError, EOFError, TypeError) as error:
-            raise ValueError(f"{path}: not a readable array of numbers ({str(error).splitlines()[0]})") from None
-    else:
-        found = read_tensors(path)
-        if isinstance(found, dict):
-            sigma = found.get("sigma")
-            found = found.get("latents", next(iter(found.values())) if len(found) == 1 else sorted(map(str, found)))
-    if not isinstance(found, torch.Tensor):
-        raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(found)[:200]}')
-    if found.ndim not in (3, 4):
-        raise ValueError(f"{path}: expected latents (C, h, w) or (B, C, h, w), got {tuple(found.shape)}")
-    if found.is_complex() or found.layout != torch.strided:
-        raise ValueError(f"{path}: expected plain real numbers, got {found.dtype}, {found.layout}")
-    if sigma is not None:
-        count = len(found) if found.ndim == 4 else 1
-        if not isinstance(sigma, torch.Tensor | float | int):
-            raise ValueError(f'{path}: expected "sigma" to be a number, got {str(sigma)[:200]}')
-        sigma = torch.as_tensor(sigma).flatten()
-        if sigma.is_complex():
-            raise ValueError(f'{path}: expected "sigma" to be a real number, got {sigma.dtype}')
-        sigma = sigma.float()
-        if len(sigma) not in (1, count) or not ((sigma >= 0) & (sigma <= 1)).all():
-            raise ValueError(
-                f'{path}: expected "sigma" in [0, 1], 1 or {count} of them, got {str(sigma.tolist())[:200]}'
-            )
-    return found.float(), sigma
+    if not isinstance(sigma, torch.Tensor | float | int):
+        raise ValueError(f'{path}: expected "sigma" to be a number, got {str(sigma)[:200]}')
+    sigma = torch.as_tensor(sigma).flatten()
+    if sigma.is_complex():
+        raise ValueError(f'{path}: expected "sigma" to be a real number, got {sigma.dtype}')
+    sigma = sigma.float().clone()
+    if len(sigma) not in (1, count) or not ((sigma >= 0) & (sigma <= 1)).all():
+        raise ValueError(f'{path}: expected "sigma" in [0, 1], 1 or {count} of them, got {str(sigma.tolist())[:200]}')
+    return sigma
+
+
+def _size(path: Path, size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    try:
+        height, width = (int(side) for side in size)
+    except (TypeError, ValueError, RuntimeError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f'{path}: expected "size" to be a height and a width in pixels, got {str(size)[:200]}')
+    return height, width
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def read_tensors(path: str | Path) -> Any:
@@ -136,21 +223,19 @@ def read_tensors(path: str | Path) -> Any:
         ValueError: no such file, truncated, of another kind, or it holds pickled code.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a .safetensors, .pth or .pt file, there is no such file")
     try:
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() in (".safetensors", ".latent"):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: it is no file of plain tensors, or it holds pickled code") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        detail = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a readable file of tensors, or truncated ({detail})") from None
+    except Exception as error:  # a broken pickle raises whatever it likes
+        raise ValueError(f"{path}: not a readable file of tensors, or truncated ({_first_line(error)})") from None
 
 
 def load_image(path: Path) -> Image.Image:
@@ -208,14 +293,59 @@ def check_image_size(path: Path, width: int, height: int) -> None:
         raise ValueError(f"{path}: {path.suffix} holds at most {largest} px a side, not {width} x {height}: use .png")
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    write_whole(path, lambda file: image.save(file, quality=95))  # PNG, which loses nothing, takes no notice
+def save_image(image: Image.Image, path: Path, made: Mapping[str, Any] | None = None) -> None:
+    """Whole or not at all.
+
+    Args:
+        made: how, as JSON: in PNG a text called "pixeldecoder", in WebP and JPEG EXIF's UserComment.
+    """
+    options: dict[str, Any] = {} if path.suffix.lower() == ".png" else {"quality": 95}
+    if made is not None:
+        text = json.dumps(made)
+        if path.suffix.lower() == ".png":
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_text(MADE, text)
+        elif path.suffix.lower() == ".webp" or len(text) < LONGEST_EXIF:
+            exif = Image.Exif()
+            exif[Base.Software] = made["software"]
+            exif[IFD.Exif] = {Base.UserComment: _ASCII + text.encode()}
+            options["exif"] = exif
+        else:
+            logger.warning(f"{path}: how it was made takes {len(text)} bytes, too much for JPEG: use .png")
+    write_whole(path, lambda file: image.save(file, **options))
+
+
+def read_made(path: Path) -> dict[str, Any]:
+    """What `save_image` wrote into a picture of how it was made; its strings may be anything.
+
+    Raises:
+        ValueError: no picture, or one that does not say.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with Image.open(path, formats=("PNG", "WEBP", "JPEG")) as image:
+            text = image.info.get(MADE)
+            if image.format != "PNG":
+                comment = image.getexif().get_ifd(IFD.Exif).get(Base.UserComment, b"")
+                text = comment[len(_ASCII) :] if isinstance(comment, bytes) and comment.startswith(_ASCII) else None
+    except Exception as error:  # each format has its own
+        raise ValueError(f"{path}: not a readable image ({_first_line(error)})") from None
+    try:
+        made = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict) or not isinstance(made.get("software"), str):
+        raise ValueError(f"{path} does not say how it was made: expected a picture of ours, without --no-metadata")
+    return made
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Whole or not at all: written under another name, then renamed."""
+    """Whole or not at all: written under another name, then renamed. A link is followed."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Hidden, and short where the name is as long as names can be.
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}{path.suffix}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave its files to their owner alone

@@ -65,6 +65,7 @@ class _Call:
     num_timesteps: int
     interrupt: bool = False
     running: bool = True
+    layout: Plan | None = None
 
     def check_interrupt(self) -> None:
         if self.interrupt:
@@ -344,6 +345,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                 Limits(tile_size, tile_overlap, chunk_size, max_memory),
                 trained_size=self.config.trained_size, device=device,
             )  # fmt: skip
+            call.layout = layout
             _tell_plan(layout)
             # Sampling works in float32 whatever the dtype of the network.
             if noise is None:
@@ -494,6 +496,11 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
     @property
     def num_timesteps(self) -> int:
         return self._read_call().num_timesteps
+
+    @property
+    def layout(self) -> Plan | None:
+        """How the last call was cut into tiles and chunks."""
+        return self._read_call().layout
 
     @property
     def interrupt(self) -> bool:

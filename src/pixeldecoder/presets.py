@@ -1,5 +1,6 @@
 """A released checkpoint's name in; its configuration, latent space and licence out ."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,19 @@ def find_preset(path: str | Path, name: str | None = None) -> Preset | None:
         return PRESETS[name]
     path = Path(path)
     return next((PRESETS[known] for known in (path.stem, path.name, path.parent.name) if known in PRESETS), None)
+
+
+def told_config(name: str) -> dict[str, Any] | None:
+    """A network's configuration as far as it can be told before it is loaded; `None` for what must be fetched or opened
+    first. What is missing is the model's default."""
+    if name in PRESETS:
+        return PRESETS[name].config
+    folder = NANO if name == "nano" else Path(name).expanduser()
+    try:
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def check_decoder_name(name: str) -> None:

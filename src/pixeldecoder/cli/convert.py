@@ -46,6 +46,8 @@ class Convert:
             raise ValueError(f"{self.source}: no such file or folder")
         if self.source.is_dir():
             check_target(self.output, (".pth", ".safetensors"))
+            if self.output.exists():
+                raise ValueError(f"{self.output} exists: give a new file")
         elif self.output.suffix:
             raise ValueError(f"{self.output}: a reference checkpoint becomes a folder: give a name without suffix")
         elif self.output.exists():

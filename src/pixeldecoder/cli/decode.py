@@ -1,19 +1,28 @@
 """Latents or pictures in, large pictures out, and pictures to latents: `decode`, `upscale`, `encode`."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma
+from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma, source_facts
+from pixeldecoder.presets import told_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from pixeldecoder.cli.jobs import Job
+    from pixeldecoder.files import Latents
+    from pixeldecoder.pipeline import PixelDecoderPipeline
 
 
 @dataclass(kw_only=True)
 class Decode(FilesToImages):
     """Latents to images.
 
-    Latents are normalised (as the latent diffusion model denoises them), (C, h, w) or (B, C, h, w), in a
-    .safetensors file (its only tensor, or the one called "latents"), .npy or .pt.
+    Latents are normalised (as the latent diffusion model denoises them), (C, h, w) or (B, C, h, w), in a .safetensors
+    file (its only tensor, or the one called "latents"), .npy or .pt; or ComfyUI's .latent, which are normalised here.
 
     Example: pixeldecoder decode latents.safetensors image.png --sigma 0.1
     """
@@ -21,6 +30,8 @@ class Decode(FilesToImages):
     sigma: float | None = None
     """Noise level in [0, 1] that the latents have; by default what their file says ("sigma", as `generate
     --save-latents` writes it), or 0: finished."""
+    latent_space: str | None = None
+    """Of ComfyUI's latents, by name (flux, flux2, sd3, sdxl, qwenimage); by default the decoder's."""
 
     def run(self) -> None:
         from tqdm import tqdm
@@ -28,29 +39,80 @@ class Decode(FilesToImages):
         from pixeldecoder import files
 
         check_sigma(self.sigma)
-        pairs = self.prepare(files.LATENT_SUFFIXES)
-        files.load_latents(pairs[0][0])  # complains before a decoder is loaded
+        jobs = self.prepare(files.LATENT_SUFFIXES, files.inspect_latents, lambda head: head[0][0])
+        if config := told_config(self.decoder):
+            jobs.check(lambda job: _decoded_size(job, config))
+        if not jobs.jobs:
+            return jobs.finish()
         pipeline = self.load(loras=self.lora)
+        jobs.check(lambda job: _decoded_size(job, pipeline.transformer.config))
         kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
-        pixels = pipeline.transformer.config.scale * pipeline.transformer.config.latent_downscale_factor
-        for path, target in files.progress(pairs):
-            latents, stored = files.load_latents(path)
-            count = len(latents) if latents.ndim == 4 else 1
-            if count > 1 and not files.is_folder(self.output):
-                raise ValueError(f"{path}: {count} images cannot go into {target}: give a folder as output")
-            files.check_image_size(target, pixels * latents.shape[-1], pixels * latents.shape[-2])
-            sigma: Any = self.sigma or 0.0
-            if self.sigma is None and stored is not None:
-                sigma = stored
-                levels = ", ".join(f"{level:.4g}" for level in stored.tolist())
-                tqdm.write(f"{path}: decoded at sigma {levels}, which the file says", file=sys.stderr)
-            with files.Naming(path):
-                generators = [self.generator() for _ in range(count)]
-                images = pipeline(latents, sigma=sigma, generator=generators, **kwargs).images
-            for index, image in enumerate(images):
-                name = target if count == 1 else target.with_stem(f"{path.stem}_{index:03}")
-                files.save_image(image, name)
-                tqdm.write(str(name))
+
+        def make(job: "Job") -> None:
+            with files.Naming(job.source):
+                latents = files.load_latents(job.source)
+                z, width_height = self._normalised(latents, pipeline), _decoded_size(job, pipeline.transformer.config)
+            sigmas = [self.sigma or 0.0] * len(z)
+            if self.sigma is None and latents.sigma is not None:
+                sigmas = latents.sigma.expand(len(z)).tolist()
+                levels = ", ".join(f"{level:.4g}" for level in latents.sigma.tolist())
+                tqdm.write(f"{job.source}: decoded at sigma {levels}, which the file says", file=sys.stderr)
+            indices = range(len(z)) if self.index is None else [self.index]
+            for index, target in zip(indices, job.targets, strict=True):
+                if target.exists() and not self.overwrite:  # the rest of a batch that was cut short
+                    continue
+                with files.Naming(job.source):  # one by one, so that each is what it is alone
+                    image = pipeline(
+                        z[index : index + 1], sigma=sigmas[index], generator=self.generator(), **kwargs
+                    ).images[0]
+                facts = {"index": index} if len(z) > 1 else {}
+                image = image.crop((0, 0, *width_height))
+                made = self.made(pipeline, **source_facts(job.source), **facts, sigma=sigmas[index], size=[*image.size])
+                files.save_image(image, target, made)
+                tqdm.write(str(target))
+
+        jobs.run(make)
+
+    def _normalised(self, latents: "Latents", pipeline: "PixelDecoderPipeline") -> "torch.Tensor":
+        from pixeldecoder.latents import SPACES, find_latent_space, normalise
+
+        decoded = pipeline.config.latent_space
+        if latents.space and decoded and latents.space != decoded:
+            raise ValueError(f"latents of the {latents.space} space, but {self.decoder} decodes those of {decoded}")
+        if self.index is not None and self.index >= len(latents.tensor):
+            raise ValueError(f"holds {len(latents.tensor)} latents, none of index {self.index}")
+        if not latents.denormalized:
+            return latents.tensor
+        space = find_latent_space(None, self.latent_space) if self.latent_space else SPACES.get(decoded or "")
+        if space is None:
+            raise ValueError(
+                f"ComfyUI's latents are not normalised, and {self.decoder} does not tell its latent space: give "
+                f"--latent-space, one of {', '.join(SPACES)}"
+            )
+        if space.name == "flux2":  # whose autoencoder normalises by itself in ComfyUI
+            return latents.tensor
+        return normalise(latents.tensor, space)
+
+
+def _decoded_size(job: "Job", config: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height in pixels of what latents become.
+
+    Raises:
+        ValueError: too large for the output's format, or the size that the file tells is not that of its latents.
+    """
+    from pixeldecoder.files import check_image_size
+
+    (_, _, height, width), size = job.head
+    scale, cell = config.get("scale", 4), config.get("latent_downscale_factor", 8)
+    height, width = height * cell, width * cell
+    if size is not None:
+        if size[0] > height or size[1] > width:
+            raise ValueError(
+                f'{job.source}: "size" is {size[1]} x {size[0]} px, but its latents are those of {width} x {height} px'
+            )
+        height, width = size
+    check_image_size(job.targets[0], scale * width, scale * height)
+    return scale * width, scale * height
 
 
 @dataclass(kw_only=True)
@@ -72,24 +134,34 @@ class Upscale(FilesToImages):
         from pixeldecoder import files
 
         check_sigma(self.sigma)
-        pairs = self.prepare(files.IMAGE_SUFFIXES)
-        sizes = [files.image_size(path) for path, _ in pairs]  # complains before a decoder is loaded
+        jobs = self.prepare(files.IMAGE_SUFFIXES, files.image_size)
+
+        def check_size(job: "Job", config: Mapping[str, Any]) -> None:
+            files.check_image_size(job.targets[0], *(config.get("scale", 4) * side for side in job.head))
+
+        if config := told_config(self.decoder):
+            jobs.check(lambda job: check_size(job, config))
+        if not jobs.jobs:
+            return jobs.finish()
+
         from pixeldecoder.execution import image_encoder
 
         pipeline = self.load(loras=self.lora)
-        scale = pipeline.transformer.config.scale
-        for (_, target), (width, height) in zip(pairs, sizes, strict=True):
-            files.check_image_size(target, scale * width, scale * height)
+        jobs.check(lambda job: check_size(job, pipeline.transformer.config))
         encoder = image_encoder(self.encoder, pipeline)
         kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
-        for path, target in files.progress(pairs):
-            image = files.load_image(path)
-            with files.Naming(path):
+
+        def make(job: "Job") -> None:
+            image = files.load_image(job.source)
+            with files.Naming(job.source):
                 result = pipeline.upscale(
                     image, self.sigma, self.noise_generator(), encoder, generator=self.generator(), **kwargs
-                )
-            files.save_image(result.images[0], target)
-            tqdm.write(str(target))
+                ).images[0]
+            made = self.made(pipeline, **source_facts(job.source), sigma=self.sigma, size=[*result.size])
+            files.save_image(result, job.targets[0], made)
+            tqdm.write(str(job.targets[0]))
+
+        jobs.run(make)
 
 
 @dataclass(kw_only=True)
@@ -108,13 +180,19 @@ class Encode:
     name (flux, flux2, sd3, sdxl, qwenimage, dinov2, siglip: its usual autoencoder), or "module:function"."""
     device: Device = "auto"
     """Where it runs; "auto": the fastest there is."""
+    overwrite: bool = False
+    """Replace what is there. Without it a file that is there is an error, and in a folder is not made again."""
 
     def run(self) -> None:
         from pixeldecoder import files
+        from pixeldecoder.cli.jobs import Jobs
 
-        pairs = files.jobs(self.source, self.output, files.IMAGE_SUFFIXES, (".safetensors",), "safetensors")
-        for path, _ in pairs:
-            files.image_size(path)  # complains before an encoder is loaded
+        jobs = Jobs(
+            self.source, self.output, files.IMAGE_SUFFIXES, (".safetensors",), "safetensors", self.overwrite,
+            files.image_size,
+        )  # fmt: skip
+        if not jobs.jobs:
+            return jobs.finish()
 
         import torch
         import torch.nn.functional as F
@@ -122,14 +200,22 @@ class Encode:
         from tqdm import tqdm
 
         from pixeldecoder.execution import load_encoder, torch_device
+        from pixeldecoder.latents import SPACES
 
         device = torch_device(self.device)
         encoder = load_encoder(self.encoder, device)
-        for path, target in files.progress(pairs):
-            image = files.to_tensor(files.load_image(path))
-            with files.Naming(path), torch.no_grad():
+        space = "flux" if self.encoder == "nano" else self.encoder
+        metadata = {"latent_space": space} if space in SPACES else None
+
+        def make(job: "Job") -> None:
+            image = files.to_tensor(files.load_image(job.source))
+            size = torch.tensor(image.shape[-2:])
+            with files.Naming(job.source), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
                 latents = encoder(image.to(device)).cpu().contiguous()
-            files.write_whole(target, partial(save_file, {"latents": latents}))
-            tqdm.write(str(target))
+            tensors = {"latents": latents, "size": size}
+            files.write_whole(job.targets[0], partial(save_file, tensors, metadata=metadata))
+            tqdm.write(str(job.targets[0]))
+
+        jobs.run(make)

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixeldecoder.cli.options import (
-    Decoder,
-)
+from pixeldecoder.cli.options import Pictures
 
 
 @dataclass(kw_only=True)
-class Demo(Decoder):
+class Demo(Pictures):
     """See what it does: decode a bundled photo's latents and compare.
 
     Writes comparison.png: the small photo enlarged bicubically, nano's decode of its latents, nano's decode of the
@@ -22,15 +20,17 @@ class Demo(Decoder):
     """Folder of the pictures."""
 
     def run(self) -> None:
-        from pixeldecoder.files import check_writable, save_image
+        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, save_image
 
         self.check()
         if self.decoder != "nano":
             raise ValueError("the demo's latents are nano's: use decode or upscale with another decoder")
-        target = self.output / "comparison.png"
-        check_writable(target)
+        target = self.output if self.recorded else self.output / "comparison.png"
+        check_target(target, IMAGE_SUFFIXES, self.overwrite)
 
         from pixeldecoder.cli.comparison import comparison
 
-        save_image(comparison(self.load(), self.generator, self.noise_generator, self.call_kwargs()), target)
+        pipeline = self.load()
+        picture = comparison(pipeline, self.generator, self.noise_generator, self.call_kwargs())
+        save_image(picture, target, self.made(pipeline, size=[*picture.size]))
         print(target)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import tyro
 
 from pixeldecoder.cli.options import (
-    Decoder,
     Output,
+    Pictures,
     Text,
     check_positive,
     json_object,
@@ -20,7 +20,7 @@ from pixeldecoder.hub import is_hub_id
 
 
 @dataclass(kw_only=True)
-class Generate(Text, Decoder):
+class Generate(Text, Pictures):
     """Prompt to image: any diffusers pipeline, stopped early, then the decoder.
 
     Example: pixeldecoder generate "a lighthouse at dusk" image.png --model Tongyi-MAI/Z-Image --stop-at 46
@@ -29,7 +29,8 @@ class Generate(Text, Decoder):
     description: Annotated[str, tyro.conf.Positional, word("PROMPT")]
     """What to make: for the latent model, and for the decoder if it reads text."""
     output: Output
-    """An image (.png, .webp, .jpg), or a folder to write into, each image under its seed."""
+    """An image (.png, .webp, .jpg), or a folder to write into, each image under its seed, or the next number that is
+    free."""
     model: str
     """Folder or Hub id of a diffusers pipeline."""
     decoder: str = "auto"
@@ -66,17 +67,19 @@ class Generate(Text, Decoder):
     """Keep on the device only the model that is running."""
 
     def check(self) -> None:
-        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, is_folder
+        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, check_writable, is_folder
 
         super().check()
         check_positive(images=self.images, height=self.height, width=self.width, latent_steps=self.latent_steps)
         if not is_folder(self.output):
-            if self.images > 1:
+            if self.images > 1 and self.index is None:
                 raise ValueError(f"{self.output}: expected an image for one, for several a folder")
-            check_target(self.output, IMAGE_SUFFIXES)
+            check_target(self.output, IMAGE_SUFFIXES, self.overwrite, self.inputs())
+        else:
+            check_writable(self.output)
         for path in (self.save_latents, self.save_prompt_embeds):
             if path is not None:
-                check_target(path, (".safetensors",))
+                check_target(path, (".safetensors",), self.overwrite, self.inputs())
         for option, name in ("--model", self.model), ("--lora", self.lora):
             if name is not None and not Path(name).exists() and not is_hub_id(name):
                 raise ValueError(f"{option} {name}: expected a folder or a Hub id (owner/name); there is none")
@@ -128,15 +131,28 @@ class Generate(Text, Decoder):
         taken = result.taken
         if self.save_latents is not None:
             tensors = {"latents": taken.latents.cpu().contiguous(), "sigma": torch.tensor(taken.sigma)}
-            write_whole(self.save_latents, partial(save_file, tensors))
+            write_whole(self.save_latents, partial(save_file, tensors, metadata={"latent_space": space.name}))
             print(self.save_latents)
         print(f"{type(pipe).__name__}: {taken.step} of {taken.steps} steps, sigma {taken.sigma:.4f}", file=sys.stderr)
         for index, image in enumerate(result.images):
+            if self.index not in (None, index):
+                continue
             if taken.images is not None:
                 image = side_by_side(taken.images[index].resize(image.size, Image.Resampling.LANCZOS), image)
-            target = self.output / f"{self.seed + index}.png" if is_folder(self.output) else self.output
-            save_image(image, target)
+            target = self._free_name(self.seed + index) if is_folder(self.output) else self.output
+            facts = {"index": index} if self.images > 1 else {}
+            made = self.made(
+                decoder, **facts, model=self.model, sigma=taken.sigma, stopped=f"{taken.step} of {taken.steps} steps",
+                size=[*image.size],
+            )  # fmt: skip
+            save_image(image, target, made)
             print(target)
+
+    def _free_name(self, number: int) -> Path:
+        """Counted on from the seed: nothing that is there is replaced."""
+        while not self.overwrite and (self.output / f"{number}.png").exists():
+            number += 1
+        return self.output / f"{number}.png"
 
 
 def load_latent_lora(pipe: Any, name: str) -> None:

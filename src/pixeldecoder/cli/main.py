@@ -17,6 +17,7 @@ from pixeldecoder.cli.evaluate import Compare, Evaluate, Judge
 from pixeldecoder.cli.generate import Generate
 from pixeldecoder.cli.parsing import parse
 from pixeldecoder.cli.plan import Plan
+from pixeldecoder.cli.redo import Info, Redo
 from pixeldecoder.cli.train import Distill, Train, run_training
 from pixeldecoder.errors import OUT_OF_MEMORY, explain
 
@@ -26,6 +27,8 @@ COMMANDS: dict[str, type] = {
     "encode": Encode,
     "upscale": Upscale,
     "generate": Generate,
+    "info": Info,
+    "redo": Redo,
     "convert": Convert,
     "plan": Plan,
     "evaluate": Evaluate,

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -16,6 +17,7 @@ from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name
 if TYPE_CHECKING:
     import torch
 
+    from pixeldecoder.cli.jobs import Jobs
     from pixeldecoder.execution import Execution
     from pixeldecoder.pipeline import PixelDecoderPipeline
     from pixeldecoder.plan import Limits
@@ -29,6 +31,8 @@ def word(name: str) -> Any:
 Source = Annotated[Path, tyro.conf.Positional, word("SOURCE")]
 Output = Annotated[Path, tyro.conf.Positional, word("OUTPUT")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+OUTPUTS = ("output", "format", "overwrite", "metadata", "save_prompt_embeds", "save_latents")
+"""Options that say what becomes of a picture, not how it is made."""
 
 
 @dataclass(kw_only=True)
@@ -132,6 +136,82 @@ class Decoder(ExecutionOptions):
 
 
 @dataclass(kw_only=True)
+class Pictures(Decoder):
+    """How pictures are written."""
+
+    overwrite: bool = False
+    """Replace what is there. Without it a file that is there is an error, and in a folder is not made again."""
+    metadata: bool = True
+    """Write into each picture how it was made, which `info` prints and `redo` follows: prompt, seed, settings, hashes
+    and names of files."""
+
+    index: ClassVar[int | None] = None
+    """Set by `redo`: of the only picture of a batch that is wanted."""
+    recorded: ClassVar[dict[str, Any]] = {}
+    """Set by `redo`: what the picture says already, which shall not change by what has been moved since."""
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+    def inputs(self) -> Iterator[Path]:
+        """Files that options name, none of which may be overwritten."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if field.name not in OUTPUTS and isinstance(one, str | Path) and one:
+                    yield Path(lora_and_strength(str(one))[0] if field.name == "lora" else one)
+
+    def made(self, pipeline: "PixelDecoderPipeline", **facts: Any) -> dict[str, Any] | None:
+        """How a picture was made, after the call that made it: what is not told is the default.
+
+        Args:
+            facts: of this picture; options take precedence over the command's own.
+        """
+        from pixeldecoder import __version__, provenance
+
+        if not self.metadata:
+            return None
+        if self.recorded:
+            return self.recorded | {"software": f"pixeldecoder {__version__}"}
+        from pixeldecoder.execution import torch_device, torch_dtype
+
+        given = {
+            field.name: [*value] if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            for field in fields(self)
+            if field.name not in OUTPUTS and (value := getattr(self, field.name)) != field.default
+        }
+        layout, config, device = pipeline.layout, pipeline.config, torch_device(self.device)
+        made: dict[str, Any] = {
+            "software": f"pixeldecoder {__version__}",
+            "command": type(self).__name__.lower(),
+            **given,
+            **facts,
+            "folder": os.getcwd(),
+            "decoder": self.decoder,
+            "decoder_sha256": provenance.weights_hash(self.decoder),
+            "seed": self.seed,
+            "steps": self.steps or config.default_num_inference_steps,
+            "guidance_scale": config.default_guidance_scale,
+            "device": device,
+            "dtype": str(torch_dtype(self.dtype, device)).removeprefix("torch."),
+            "tile": str(max(layout.tiles.height, layout.tiles.width)) if layout.tiled else "none",
+            "chunk": layout.chunk_size,
+        }
+        if layout.tiled:
+            made["tile_overlap"] = layout.tiles.overlap
+        if pipeline.guides() and "negative_prompt" not in made:
+            made["negative_prompt"] = config.default_negative_prompt
+        return made
+
+
+def source_facts(path: Path) -> dict[str, str]:
+    """What a picture says of its source."""
+    from pixeldecoder.provenance import file_hash
+
+    return {"source": str(path), "source_sha256": file_hash(path)}
+
+
+@dataclass(kw_only=True)
 class TextEncoder:
     """What encodes prompts for a decoder that reads text."""
 
@@ -196,7 +276,7 @@ class Text(TextEncoder):
 
 
 @dataclass(kw_only=True)
-class FilesToImages(Text, Decoder):
+class FilesToImages(Text, Pictures):
     """Files in, images out."""
 
     source: Source
@@ -209,18 +289,26 @@ class FilesToImages(Text, Decoder):
     """A LoRA of the decoder: a file, a folder or a Hub id, with a strength if it is not 1. May be given several times,
     and they add up."""
 
-    def prepare(self, suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
-        """Each input with its output, after everything that can be checked without a decoder."""
-        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, jobs
+    def prepare(
+        self, suffixes: tuple[str, ...], head: Callable[[Path], Any], count: Callable[[Any], int] = lambda head: 1
+    ) -> "Jobs":
+        """Each input with its outputs, after everything that can be checked without a decoder; see `Jobs`."""
+        from pixeldecoder.cli.jobs import Jobs
+        from pixeldecoder.files import IMAGE_SUFFIXES, check_target
 
         self.check()
-        if self.save_prompt_embeds is not None:
-            check_target(self.save_prompt_embeds, (".safetensors",))
         for lora in self.lora:
             name = lora_and_strength(lora)[0]
             if not Path(name).exists() and not is_hub_id(name):
                 raise ValueError(f"--lora {lora}: expected a file, a folder or a Hub id (owner/name); there is none")
-        return jobs(self.source, self.output, suffixes, IMAGE_SUFFIXES, self.format)
+        inputs = [*self.inputs()]
+        if self.save_prompt_embeds is not None:
+            check_target(self.save_prompt_embeds, (".safetensors",), self.overwrite, inputs)
+        if self.index is not None:
+            count = lambda head: 1  # noqa: E731
+        return Jobs(
+            self.source, self.output, suffixes, IMAGE_SUFFIXES, self.format, self.overwrite, head, count, inputs
+        )
 
 
 def check_sigma(sigma: float | None) -> None:
