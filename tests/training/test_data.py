@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from pixeldecoder.files import to_tensor
 from pixeldecoder.flow import Purpose, SampleRandom
-from pixeldecoder.pictures import Folder, Record, Shards, bucket
+from pixeldecoder.pictures import to_tensor
+from pixeldecoder.sources import Folder, Record, Shards, bucket
 from pixeldecoder.training.data import batches, batches_in_memory, bucket_sizes, crop, side_multiple
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.teacher import TeacherStage
