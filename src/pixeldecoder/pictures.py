@@ -84,8 +84,13 @@ def size(source: Path | bytes, name: object = None) -> tuple[int, int]:
         ValueError: as `read`, as far as the head tells.
     """
     with _opened(source, name) as image:
-        # Pillow turns TIFF files itself.
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        exif = Image.Exif()
+        with suppress(Exception):  # broken EXIF turns nothing
+            if image.format == "PNG":  # of which `getexif` would decode all
+                exif.load(image.info.get("exif", b""))
+            elif image.format != "TIFF":  # which Pillow turns itself
+                exif = image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation) in TURNED
         return (image.height, image.width) if turned else image.size
 
 
