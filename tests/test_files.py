@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pixeldecoder import files
+from pixeldecoder import files, pictures
 
 
 @pytest.fixture(autouse=True)
@@ -139,12 +139,12 @@ def test_pictures_that_are_none():
     Path("empty.jpg").touch()
     os.mkdir("folder.png")
     for name in "text.png", "empty.jpg":
-        for read in files.load_image, files.image_size:
+        for read in pictures.read, pictures.size:
             with pytest.raises(ValueError, match=f"{name}: not a readable image"):
                 read(Path(name))
     for name in "none.png", "folder.png":
         with pytest.raises(ValueError, match=f"{name}: no such file"):
-            files.load_image(Path(name))
+            pictures.read(Path(name))
 
 
 def test_suffixes_in_capitals():
@@ -160,20 +160,20 @@ def test_suffixes_in_capitals():
 
 def test_pictures_and_tensors_are_the_same():
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
-    assert np.array_equal(files.to_image(files.to_tensor(ramp)), ramp)
-    nearly = files.to_tensor(ramp) + 0.4 / 127.5 * (1 - files.to_tensor(ramp).abs())  # to the nearest
-    assert np.array_equal(files.to_image(nearly), ramp)
-    assert np.array_equal(files.to_image(nearly - 0.8 / 127.5 * (1 - files.to_tensor(ramp).abs())), ramp)
+    assert np.array_equal(pictures.to_image(pictures.to_tensor(ramp)), ramp)
+    nearly = pictures.to_tensor(ramp) + 0.4 / 127.5 * (1 - pictures.to_tensor(ramp).abs())  # to the nearest
+    assert np.array_equal(pictures.to_image(nearly), ramp)
+    assert np.array_equal(pictures.to_image(nearly - 0.8 / 127.5 * (1 - pictures.to_tensor(ramp).abs())), ramp)
 
 
 def test_values_out_of_range_are_cut():
     image = torch.tensor([-7.0, 7.0, 0.0])[None, :, None, None].expand(2, 3, 1, 2)
-    assert np.array(files.to_image(image)).tolist() == [[[0, 255, 128]] * 2]
+    assert np.array(pictures.to_image(image)).tolist() == [[[0, 255, 128]] * 2]
 
 
 def test_pictures_side_by_side():
     left, right = Image.new("RGB", (3, 5), "red"), Image.new("RGB", (2, 7), "blue")
-    both = files.side_by_side(left, right)
+    both = pictures.side_by_side(left, right)
     assert both.size == (5, 7)
     red, blue, nothing = (255, 0, 0), (0, 0, 255), (0, 0, 0)
     assert [both.getpixel(at) for at in ((2, 4), (3, 0), (4, 6), (0, 6))] == [red, blue, blue, nothing]

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.cli import main
-from pixeldecoder.files import to_tensor
-from pixeldecoder.pictures import psnr
+from pixeldecoder.pictures import psnr, to_tensor
 from pixeldecoder.presets import NANO
 
 SAMPLES = sorted((NANO / "samples").glob("*.safetensors"))

@@ -10,8 +10,7 @@ import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,54 +235,6 @@ def read_tensors(path: str | Path) -> Any:
         raise ValueError(f"{path}: refused: it is no file of plain tensors, or it holds pickled code") from None
     except Exception as error:  # a broken pickle raises whatever it likes
         raise ValueError(f"{path}: not a readable file of tensors, or truncated ({_first_line(error)})") from None
-
-
-def load_image(path: Path) -> Image.Image:
-    """An RGB picture."""
-    with _opened(path) as image:
-        return image.convert("RGB")
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, by the head of the file."""
-    with _opened(path) as image:
-        return image.size
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: too large to be opened safely: {error}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # each format has its own
-        raise ValueError(f"{path}: not a readable image ({error})") from None
-
-
-def to_tensor(image: Image.Image) -> "torch.Tensor":
-    """(1, 3, H, W) in [-1, 1]."""
-    import torch
-
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def to_image(image: "torch.Tensor") -> Image.Image:
-    """The first of (B, 3, H, W) in [-1, 1]."""
-    return Image.fromarray(((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def side_by_side(*images: Image.Image) -> Image.Image:
-    picture = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
-    left = 0
-    for image in images:
-        picture.paste(image, (left, 0))
-        left += image.width
-    return picture
 
 
 def check_image_size(path: Path, width: int, height: int) -> None:

@@ -1,230 +1,266 @@
-"""A folder of pictures or shards of them in; records with name, caption and size out, to be opened one by one."""
+"""A picture file in, an upright sRGB picture and its alpha out: the one way in for every picture.
 
-import csv
+Torch is imported where a tensor is made: what is wrong with a picture can be told before.
+"""
+
+import importlib.util
 import io
-import json
-import math
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import count
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from diffusers.utils import logging
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    import torch
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF"]
+"""Pillow's names; others, of which some start programs, are not opened whatever a file is called."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+if importlib.util.find_spec("pillow_heif"):
+    FORMATS.append("HEIF")
+    SUFFIXES += (".heic", ".heif")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for pictures that are none, truncated or absurdly large."""
+"""What Pillow and this file raise for pictures that are none, truncated or absurdly large."""
+SIXTEEN_BITS = 65535
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 
 
-@dataclass
-class Record:
-    """One picture, not yet read."""
+@dataclass(frozen=True)
+class Picture:
+    """An upright picture in sRGB."""
 
-    name: str
-    caption: str
-    size: tuple[int, int]
-    """Width and height in pixels."""
-    open: Callable[[], Image.Image]
+    rgb: Image.Image
+    """Mode RGB. Where alpha is 0 its colours are those of what is seen next to it, and never a hidden one."""
+    alpha: Image.Image | None
+    """Mode L, of the same size; `None`: opaque."""
+    notes: tuple[str, ...] = ()
+    """What was done that people may not expect."""
 
+    def flattened(self) -> Image.Image:
+        """On white."""
+        if self.alpha is None:
+            return self.rgb
+        return Image.composite(self.rgb, Image.new("RGB", self.rgb.size, "white"), self.alpha)
 
-@dataclass
-class Skipped:
-    """Pictures that cannot be used, and why; the first are told at once, all are counted."""
-
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, error: Exception | str) -> None:
-        if name not in self.reasons:
-            self.reasons[name] = str(error) or type(error).__name__
-            if len(self.reasons) <= 3:
-                logger.warning(f"skipped {name}: {self.reasons[name]}")
-
-    def __str__(self) -> str:
-        names = ", ".join(list(self.reasons)[:3]) + (", ..." if len(self.reasons) > 3 else "")
-        return f"{len(self.reasons)} pictures could not be used: {names}"
+    def with_alpha(self, image: Image.Image) -> Image.Image:
+        """An RGB image made of this picture, of any size, with its alpha enlarged by Lanczos."""
+        if self.alpha is None:
+            return image
+        image = image.copy()
+        image.putalpha(self.alpha.resize(image.size, Image.Resampling.LANCZOS))
+        return image
 
 
-class Folder:
-    """A folder of images, with captions in `.txt` files beside them, or in a CSV or JSONL file.
+def read(source: Path | bytes | Image.Image, name: object = None) -> Picture:
+    """A picture, turned as its EXIF says, in sRGB by its ICC profile, of 8 bits.
+
+    16-bit values are divided by 257. Of animations and files of several pages it is the first.
 
     Args:
-        folder: searched with its subfolders.
-        captions: a `.csv` with a header or a `.jsonl` with the fields `file_name` (relative to the folder) and `text`;
-            pictures that it does not name are left out.
+        source: a file, what is in one, or a picture of Pillow's in any mode.
+        name: how errors call it; by default the path.
 
     Raises:
-        ValueError: no such folder, or no usable picture in it.
+        ValueError: no such file, not one of `FORMATS`, truncated, too large, or with values that no picture has.
     """
-
-    def __init__(self, folder: Path, captions: Path | None = None):
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
-        self.folder = folder
-        self.skipped = Skipped()
-        known = None if captions is None else _read_captions(captions)
-        self.items: list[Record] = []
-        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
-            name = path.relative_to(folder).as_posix()
-            if known is not None and name not in known:
-                continue
-            try:
-                with Image.open(path) as image:
-                    size = image.size
-            except UNREADABLE as error:
-                self.skipped.add(name, error)
-                continue
-            text = path.with_suffix(".txt")
-            caption = known[name] if known is not None else text.read_text().strip() if text.exists() else ""
-            self.items.append(Record(name, caption, size, lambda path=path: Image.open(path)))  # type: ignore[misc]
-        if not self.items:
-            raise ValueError(
-                f"{folder}: no usable picture: expected {', '.join(SUFFIXES)}"
-                + (f" named in {captions}" if captions else "")
-                + (f"; {self.skipped}" if self.skipped.reasons else "")
-            )
-
-    def require(self, sizes: list[tuple[int, int]], multiple: int = 1) -> None:
-        """Leave out what is smaller than every one of the crops, as if it were not there.
-
-        Args:
-            sizes: widths and heights of the crops, the square among them.
-            multiple: of the sides of other crops, for what the error suggests.
-
-        Raises:
-            ValueError: nothing is left; the message names a resolution at which half of the pictures can be used.
-        """
-        resolution = _square(sizes)
-        small = [record for record in self.items if bucket(record.size, sizes) is None]
-        if len(small) == len(self.items):
-            median = sorted(min(record.size) for record in small)[len(small) // 2]
-            best = median // multiple * multiple
-            raise ValueError(
-                f"{self.folder}: too small for --data.resolution {resolution}: all {len(small)} pictures; "
-                + (
-                    f"give --data.resolution {best}, which suits half of them or more"
-                    if best
-                    else "larger ones are needed"
-                )
-            )
-        if small:
-            reasons = {record.name: _too_small(record.size, resolution) for record in small}
-            self.skipped.reasons |= reasons
-            name, reason = next(iter(reasons.items()))
-            logger.warning(f"left out {len(small)} of {len(self.items)} pictures, such as {name}: {reason}")
-            self.items = [record for record in self.items if record.name not in reasons]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def records(self, seed: int) -> Iterator[Record]:
-        """Endless: every epoch in an order of its own."""
-        for epoch in count():
-            yield from random.Random(f"{seed}/order/{epoch}").sample(self.items, len(self.items))
+    if isinstance(source, Image.Image):
+        with _named("this picture" if name is None else name):
+            return _convert(source)
+    with _opened(source, name) as image:
+        return _convert(image)
 
 
-class Shards:
-    """WebDataset shards: tar files, local or URLs, with an image and a `.txt` or `.json` ("caption") per sample.
+def size(source: Path | bytes, name: object = None) -> tuple[int, int]:
+    """Width and height of the upright picture, by the head of the file.
 
-    Every process reads all shards, and decodes only its own share of the pictures.
-
-    Args:
-        pattern: as WebDataset takes it: `data-{0000..0041}.tar`, an `https://` or `pipe:` URL.
+    Raises:
+        ValueError: as `read`, as far as the head tells.
     """
-
-    def __init__(self, pattern: str):
-        import braceexpand
-
-        self.urls = list(braceexpand.braceexpand(pattern))
-        self.skipped = Skipped()
-        self.sizes: list[tuple[int, int]] = []
-
-    def require(self, sizes: list[tuple[int, int]], multiple: int = 1) -> None:
-        """As `Folder.require`, but found out as the shards are read."""
-        self.sizes = sizes
-
-    def __len__(self) -> int:
-        return 1000 * len(self.urls)  # unknown; only decides when to give up on a set without a usable picture
-
-    def records(self, seed: int) -> Iterator[Record]:
-        """Endless: every epoch in an order of its own."""
-        for epoch in count():
-            yield from self.once(random.Random(f"{seed}/order/{epoch}"))
-
-    def once(self, rng: random.Random | None = None) -> Iterator[Record]:
-        """Every picture once, in the order of the shards, or shuffled."""
-        import webdataset
-
-        def on_error(error: Exception) -> bool:
-            self.skipped.add(str(getattr(error, "args", ("",))[-1])[:200], error)
-            return True
-
-        shards = webdataset.WebDataset(
-            rng.sample(self.urls, len(self.urls)) if rng else self.urls,
-            shardshuffle=False,
-            nodesplitter=None,
-            workersplitter=None,
-            handler=on_error,
-            empty_check=False,
-        )
-        empty = True
-        for sample in shards.shuffle(1000, rng=rng) if rng else shards:
-            data = next((sample[s[1:]] for s in SUFFIXES if s[1:] in sample), None)
-            name = f"{sample.get('__url__', '')}:{sample['__key__']}"
-            try:
-                if data is None:
-                    raise ValueError(f"no image among {sorted(k for k in sample if k[0] != '_')}")
-                size = Image.open(io.BytesIO(data)).size
-                if self.sizes and bucket(size, self.sizes) is None:
-                    raise ValueError(_too_small(size, _square(self.sizes)))
-                caption = sample["txt"].decode() if "txt" in sample else json.loads(sample.get("json", b"{}"))
-            except UNREADABLE as error:
-                self.skipped.add(name, error)
-                continue
-            caption = caption if isinstance(caption, str) else str(caption.get("caption", ""))
-            empty = False
-            yield Record(name, caption.strip(), size, lambda data=data: Image.open(io.BytesIO(data)))  # type: ignore[misc]
-        if empty:
-            reason = next(iter(self.skipped.reasons.values()), "they are empty")
-            raise ValueError(f"{', '.join(self.urls)[:200]}: no usable picture in these shards: {reason[:200]}")
+    with _opened(source, name) as image:
+        exif = Image.Exif()
+        with suppress(Exception):  # broken EXIF turns nothing
+            if image.format == "PNG":  # of which `getexif` would decode all
+                exif.load(image.info.get("exif", b""))
+            elif image.format != "TIFF":  # which Pillow turns itself
+                exif = image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation) in TURNED
+        return (image.height, image.width) if turned else image.size
 
 
-def _square(sizes: list[tuple[int, int]]) -> int:
-    return next((width for width, height in sizes if width == height), sizes[0][0])
+@contextmanager
+def _opened(source: Path | bytes, name: object) -> Iterator[Image.Image]:
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError(f"{source}: no such file")
+    _register_heif()
+    name = source if name is None and isinstance(source, Path) else name
+    with _named(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that are large, and of broken metadata
+        try:
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        except UnidentifiedImageError:
+            known = ", ".join(suffix[1:] for suffix in SUFFIXES)
+            raise ValueError(f"not a picture of a known format ({known})") from None
+        with opened:
+            yield opened
 
 
-def _too_small(size: tuple[int, int], resolution: int) -> str:
-    return f"{size[0]} x {size[1]} px, which is too small for --data.resolution {resolution}"
-
-
-def _read_captions(path: Path) -> dict[str, str]:
+@contextmanager
+def _named(name: object) -> Iterator[None]:
+    """Errors as ValueError, with the name of the file before them."""
+    before = "" if name is None else f"{name}: "
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line]
-        return {row["file_name"]: row["text"] for row in rows}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: expected "file_name" and "text" in every row: {error!r}') from None
+        yield
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{before}too large to be opened safely: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{before}{error}") from None
+    except Exception as error:  # each format has its own
+        raise ValueError(f"{before}not a readable picture ({error})") from None
 
 
-def bucket(size: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """Of the crops that a picture of this width and height covers, the one next in shape: nothing is enlarged."""
-    shape = math.log(size[0] / size[1])
-    covered = (crop for crop in sizes if crop[0] <= size[0] and crop[1] <= size[1])
-    return min(covered, key=lambda crop: abs(math.log(crop[0] / crop[1]) - shape), default=None)
+@cache
+def _register_heif() -> None:
+    if "HEIF" in FORMATS:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
-def shrink(image: torch.Tensor, factor: int) -> torch.Tensor:
+def _convert(image: Image.Image) -> Picture:
+    notes = []
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # whose other pictures are a camera's previews
+        notes.append(f"the first of {frames} frames or pages")
+        image.seek(0)
+    image.load()
+    profile = image.info.get("icc_profile")
+    with suppress(Exception):  # broken EXIF turns nothing
+        image = ImageOps.exif_transpose(image)
+    has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+    alpha = None
+    if image.mode == "F":
+        image = _from_float(image)
+        notes.append("values from 0 to 1 taken as black to white")
+    elif image.mode.startswith("I"):
+        image = _from_16_bits(image)
+    elif image.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, lab, _srgb(), outputMode="RGB")
+    elif has_alpha:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        alpha = None if alpha.getextrema()[0] == 255 else alpha
+        image = image.convert("RGB")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if profile:
+        image = _to_srgb(image, profile, notes)
+    image = image.convert("RGB")
+    if alpha is not None:
+        image = _without_hidden(image, alpha)
+    return Picture(image, alpha, tuple(notes))
+
+
+def _from_float(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        low, high = np.nanmin(values), np.nanmax(values)
+        raise ValueError(
+            f"floating-point values from {low:g} to {high:g}: expected them in [0, 1]: convert it to 8 or 16 bits"
+        )
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > SIXTEEN_BITS:
+        raise ValueError(
+            f"whole values from {values.min()} to {values.max()}: expected them in [0, {SIXTEEN_BITS}]: convert it to "
+            "8 or 16 bits"
+        )
+    return Image.fromarray((values / 257).round().astype(np.uint8))
+
+
+@cache
+def _srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def _to_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() == "RGB" and image.mode == "L":  # of grey, or of a palette's
+            image = image.convert("RGB")
+        return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        notes.append("its colour profile does not fit it or is broken: taken as sRGB")
+        return image
+
+
+def _without_hidden(image: Image.Image, alpha: Image.Image) -> Image.Image:
+    """Colours that alpha hides become those of what is seen next to them: an enlargement would show them at edges."""
+    seen = np.asarray(alpha, np.float32) / 255
+    colours = np.asarray(image, np.float32)
+    filled = _fill(colours, seen)
+    return Image.fromarray(np.where((seen > 0)[..., None], colours, filled).round().astype(np.uint8))
+
+
+def _fill(colours: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(H, W, 3), (H, W): where the weight is 0, the mean of the smallest block around it that has any, or white."""
+    if weight.all():
+        return colours
+    if max(weight.shape) == 1:
+        return np.full_like(colours, 255)
+    height, width = weight.shape
+    rows = [(0, height % 2), (0, width % 2)]
+    blocks = np.pad(weight, rows).reshape(-(-height // 2), 2, -(-width // 2), 2)
+    total = blocks.sum((1, 3))
+    sums = (np.pad(colours * weight[..., None], [*rows, (0, 0)]).reshape(*blocks.shape, 3)).sum((1, 3))
+    means = sums / np.maximum(total, 1e-12)[..., None]
+    above = _fill(means, total).repeat(2, 0).repeat(2, 1)[:height, :width]
+    return np.where((weight > 0)[..., None], colours, above)
+
+
+def to_tensor(image: Image.Image) -> "torch.Tensor":
+    """A picture, as `read` and `Picture.flattened` make it -> (1, 3, H, W) in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(np.array(read(image).flattened())).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_image(image: "torch.Tensor") -> Image.Image:
+    """The first of (B, 3, H, W) in [-1, 1]."""
+    return Image.fromarray(((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def side_by_side(*images: Image.Image) -> Image.Image:
+    picture = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        picture.paste(image, (left, 0))
+        left += image.width
+    return picture
+
+
+def shrink(image: "torch.Tensor", factor: int) -> "torch.Tensor":
     """(B, 3, H, W) in [-1, 1] -> (B, 3, H / factor, W / factor): bicubic, antialiased, clamped."""
+    import torch.nn.functional as F
+
     return F.interpolate(image, scale_factor=1 / factor, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
+def psnr(image: "torch.Tensor", truth: "torch.Tensor") -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], over all values; at most 100."""
+    import torch
+    import torch.nn.functional as F
+
     return (10 * torch.log10(4 / F.mse_loss(image.float(), truth.float()).clamp(min=4e-10))).item()

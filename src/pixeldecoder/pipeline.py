@@ -38,6 +38,7 @@ from pixeldecoder.latents import (
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
+from pixeldecoder.pictures import read, to_tensor
 from pixeldecoder.plan import Limits, Plan, plan
 from pixeldecoder.presets import (
     HUB_REPOSITORY,
@@ -410,7 +411,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         """Image -> normalised latents.
 
         Args:
-            image: a picture, or a tensor (B, 3, H, W) in [-1, 1]; sides that are no multiples of a latent cell are
+            image: a picture in any mode (what is transparent is taken on white), or a tensor (B, 3, H, W) in [-1, 1];
+                sides that are no multiples of a latent cell are
                 padded by repeating the edge.
             encoder: of the decoder's latent space, from `pixeldecoder.latents.load_image_encoder`; by default the
                 pipeline's own.
@@ -431,7 +433,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             example = f', such as load_image_encoder("{known.encoder}")' if known else ""
             raise ValueError(f"this decoder has no encoder of its own: give one for its latent space{example}")
         if isinstance(image, Image.Image):
-            image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+            image = to_tensor(image)
         height, width = image.shape[-2:]
         if min(height, width) < 16:
             raise ValueError(f"expected an image of at least 16 x 16 pixels, got {width} x {height}")
@@ -457,7 +459,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         """Encode an image and decode it larger.
 
         Args:
-            image: a picture of at least 16 x 16 pixels.
+            image: a picture in any mode, of at least 16 x 16 pixels. Its alpha is enlarged apart, by Lanczos, and is
+                that of the image for `output_type="pil"`.
             sigma: how much noise, in [0, 1], is really added to the latents, in the frame of their space; more of it
                 invents more.
             noise_generator: of that noise alone, so that another sigma leaves the sampler's noise as it is.
@@ -468,6 +471,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             As `__call__`, the image exactly `scale` times the size of the input.
         """
         levels = self._check_sigma(sigma, 1, torch.device("cpu"))
+        picture = read(image)
+        image = picture.rgb
         cell, scale = self.transformer.config.latent_downscale_factor, self.transformer.config.scale
         limits = Limits(**{field.name: kwargs[field.name] for field in fields(Limits) if field.name in kwargs})
         height, width = (-(-side // cell) * cell * scale for side in (image.height, image.width))
@@ -484,7 +489,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         images = self(latents, sigma=float(levels), denormalized=False, **kwargs)[0]
         height, width = image.height * scale, image.width * scale
         if isinstance(images, list):
-            images = [picture.crop((0, 0, width, height)) for picture in images]
+            images = [picture.with_alpha(enlarged.crop((0, 0, width, height))) for enlarged in images]
         else:
             images = images[:, :height, :width] if isinstance(images, np.ndarray) else images[..., :height, :width]
         return ImagePipelineOutput(images=images) if kwargs.get("return_dict", True) else (images,)

@@ -46,9 +46,9 @@ from pixeldecoder.evaluation.metrics import METRICS, find_metrics
 from pixeldecoder.evaluation.report import write_report
 from pixeldecoder.evaluation.results import image_path
 from pixeldecoder.evaluation.tables import interval
-from pixeldecoder.pictures import Shards
 from pixeldecoder.presets import PRESETS, Preset
 from pixeldecoder.sampler import teacher_scheduler
+from pixeldecoder.sources import Shards
 
 CROP = 128
 

@@ -16,8 +16,7 @@ from families import SqueezeNet
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics, load_metrics, measure
 from pixeldecoder.evaluation.perceptual import LPIPS, SqueezeNetDistance
 from pixeldecoder.evaluation.pixels import border, ciede2000, spectral_error, texture, texture_map
-from pixeldecoder.files import to_tensor
-from pixeldecoder.pictures import psnr
+from pixeldecoder.pictures import psnr, to_tensor
 from pixeldecoder.presets import NANO
 
 

@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from pixeldecoder.files import to_tensor
 from pixeldecoder.flow import Purpose, SampleRandom
-from pixeldecoder.pictures import Folder, Record, Shards, bucket
+from pixeldecoder.pictures import to_tensor
+from pixeldecoder.sources import Folder, Record, Shards, bucket
 from pixeldecoder.training.data import batches, batches_in_memory, bucket_sizes, crop, side_multiple
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.teacher import TeacherStage
@@ -344,8 +344,8 @@ def test_every_region_counts_alike(tmp_path):
 @pytest.mark.parametrize("size, covering, corner", [((120, 80), (48, 32), (16, 0)), ((60, 150), (32, 80), (0, 48))])
 def test_a_crop_is_shrunk_until_it_just_covers(size, covering, corner):
     """At the lower right, if the random numbers are the largest."""
-    record = Record("a", "", size, lambda: Image.radial_gradient("L").resize(size))
+    record = Record("a", "", size, lambda: Image.radial_gradient("L").resize(size).convert("RGB"))
     found = crop(record, (32, 32), SimpleNamespace(randint=lambda low, high: high))
-    expected = record.open().convert("RGB").resize(covering, Image.Resampling.BICUBIC)
+    expected = record.open().resize(covering, Image.Resampling.BICUBIC)
     expected = expected.crop((*corner, corner[0] + 32, corner[1] + 32))
     assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))

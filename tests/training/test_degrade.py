@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 from conftest import TINY
-from pixeldecoder.files import to_tensor
 from pixeldecoder.flow import SampleRandom, noised, training_times
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import shrink
+from pixeldecoder.pictures import shrink, to_tensor
 from pixeldecoder.training import degrade
 from pixeldecoder.training.config import Data, Prior, Student, Teacher
 from pixeldecoder.training.data import Batch

@@ -22,8 +22,8 @@ from families import save_gemma
 from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
 from pixeldecoder.cli import main
 from pixeldecoder.execution import image_encoder
-from pixeldecoder.files import to_image
 from pixeldecoder.latents import load_image_encoder
+from pixeldecoder.pictures import to_image
 from pixeldecoder.plan import measured_peak
 from pixeldecoder.training import data as data_module
 from pixeldecoder.training import log, loop, losses, validate

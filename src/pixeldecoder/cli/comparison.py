@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
-from pixeldecoder.files import to_image, to_tensor
-from pixeldecoder.pictures import psnr
+from pixeldecoder.pictures import psnr, to_image, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.presets import NANO
 

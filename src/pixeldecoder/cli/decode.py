@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma, source_facts
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from pixeldecoder.cli.jobs import Job
     from pixeldecoder.files import Latents
+    from pixeldecoder.pictures import Picture
     from pixeldecoder.pipeline import PixelDecoderPipeline
 
 
@@ -115,6 +117,27 @@ def _decoded_size(job: "Job", config: Mapping[str, Any]) -> tuple[int, int]:
     return scale * width, scale * height
 
 
+def _picture_size(path: Path) -> tuple[int, int]:
+    """Of a picture that can be encoded; raises ValueError for what its head says of one that cannot."""
+    from pixeldecoder import pictures
+
+    width, height = pictures.size(path)
+    if min(width, height) < 16:
+        raise ValueError(f"{path}: expected a picture of at least 16 x 16 pixels, got {width} x {height}")
+    return width, height
+
+
+def _read_picture(path: Path) -> "Picture":
+    from tqdm import tqdm
+
+    from pixeldecoder import pictures
+
+    picture = pictures.read(path)
+    for note in picture.notes:
+        tqdm.write(f"{path}: {note}", file=sys.stderr)
+    return picture
+
+
 @dataclass(kw_only=True)
 class Upscale(FilesToImages):
     """Images to larger images: encode, then decode 4 or 8 times larger.
@@ -131,10 +154,10 @@ class Upscale(FilesToImages):
     def run(self) -> None:
         from tqdm import tqdm
 
-        from pixeldecoder import files
+        from pixeldecoder import files, pictures
 
         check_sigma(self.sigma)
-        jobs = self.prepare(files.IMAGE_SUFFIXES, files.image_size)
+        jobs = self.prepare(pictures.SUFFIXES, _picture_size)
 
         def check_size(job: "Job", config: Mapping[str, Any]) -> None:
             files.check_image_size(job.targets[0], *(config.get("scale", 4) * side for side in job.head))
@@ -152,11 +175,19 @@ class Upscale(FilesToImages):
         kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
 
         def make(job: "Job") -> None:
-            image = files.load_image(job.source)
+            picture = _read_picture(job.source)
             with files.Naming(job.source):
                 result = pipeline.upscale(
-                    image, self.sigma, self.noise_generator(), encoder, generator=self.generator(), **kwargs
+                    picture.with_alpha(picture.rgb),
+                    self.sigma,
+                    self.noise_generator(),
+                    encoder,
+                    generator=self.generator(),
+                    **kwargs,
                 ).images[0]
+            if result.mode == "RGBA" and job.targets[0].suffix.lower() in (".jpg", ".jpeg"):
+                tqdm.write(f"{job.source}: what is transparent becomes white, as JPEG keeps no alpha", file=sys.stderr)
+                result = pictures.read(result).flattened()
             made = self.made(pipeline, **source_facts(job.source), sigma=self.sigma, size=[*result.size])
             files.save_image(result, job.targets[0], made)
             tqdm.write(str(job.targets[0]))
@@ -184,12 +215,12 @@ class Encode:
     """Replace what is there. Without it a file that is there is an error, and in a folder is not made again."""
 
     def run(self) -> None:
-        from pixeldecoder import files
+        from pixeldecoder import files, pictures
         from pixeldecoder.cli.jobs import Jobs
 
         jobs = Jobs(
-            self.source, self.output, files.IMAGE_SUFFIXES, (".safetensors",), "safetensors", self.overwrite,
-            files.image_size,
+            self.source, self.output, pictures.SUFFIXES, (".safetensors",), "safetensors", self.overwrite,
+            _picture_size,
         )  # fmt: skip
         if not jobs.jobs:
             return jobs.finish()
@@ -208,7 +239,12 @@ class Encode:
         metadata = {"latent_space": space} if space in SPACES else None
 
         def make(job: "Job") -> None:
-            image = files.to_tensor(files.load_image(job.source))
+            picture = _read_picture(job.source)
+            if picture.alpha is not None:
+                tqdm.write(
+                    f"{job.source}: what is transparent becomes white, as latents keep no alpha", file=sys.stderr
+                )
+            image = pictures.to_tensor(picture.flattened())
             size = torch.tensor(image.shape[-2:])
             with files.Naming(job.source), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.

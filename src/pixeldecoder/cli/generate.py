@@ -93,8 +93,9 @@ class Generate(Text, Pictures):
         from safetensors.torch import save_file
 
         from pixeldecoder.execution import load_diffusion_pipeline, torch_device, torch_dtype
-        from pixeldecoder.files import is_folder, save_image, side_by_side, write_whole
+        from pixeldecoder.files import is_folder, save_image, write_whole
         from pixeldecoder.ldm import check_decoder, generate, parse_stop, pipeline_latent_space
+        from pixeldecoder.pictures import side_by_side
 
         parse_stop(self.stop_at)
         device = torch_device(self.device)

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from pixeldecoder.evaluation.methods import Case, Workspace
 from pixeldecoder.evaluation.results import Results, image_path, is_whole
-from pixeldecoder.files import load_image, save_image, to_tensor
+from pixeldecoder.files import save_image
 from pixeldecoder.ldm import parse_stop
-from pixeldecoder.pictures import UNREADABLE, Folder, Record, Shards, shrink
+from pixeldecoder.pictures import UNREADABLE, read, shrink, to_tensor
+from pixeldecoder.sources import Folder, Record, Shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,8 @@ class Cases:
         return [case for case in own if case.name not in self.unreadable]
 
 
-def list_cases(source: Source, cell: int) -> Cases:
-    """The names and captions of pictures, or the prompts.
+def list_cases(source: Source, cell: int, output: Path) -> Cases:
+    """The names and captions of pictures, without those in `output`, or the prompts.
 
     Raises:
         ValueError: nothing there, or a picture smaller than the crop.
@@ -86,7 +87,7 @@ def list_cases(source: Source, cell: int) -> Cases:
         pictures = Shards(source.path)
         records: Callable[[], Iterable[Record]] = pictures.once
     elif path.exists():
-        pictures = folder = Folder(path)
+        pictures = folder = Folder(path, output=output)
         records = lambda: folder.items  # noqa: E731
     else:
         raise ValueError(f"{path}: no such folder, and neither shards (.tar) nor prompts (.txt)")
@@ -112,7 +113,7 @@ def cut_truths(cases: Cases, crop: int | None, cell: int, results: Results, stat
             if record.name in missing:
                 path = missing.pop(record.name)
                 try:
-                    image = record.open().convert("RGB")
+                    image = record.open()
                 except UNREADABLE as error:
                     cases.unreadable[record.name] = str(error)
                     results.append({"unreadable": record.name, "reason": str(error)})
@@ -129,5 +130,5 @@ def opened(case: Case, workspace: Workspace) -> Case:
     """With its pictures, if it has any."""
     if workspace.prompts:
         return case
-    truth = to_tensor(load_image(image_path(workspace.output, "truth", case.file))).to(workspace.device)
+    truth = to_tensor(read(image_path(workspace.output, "truth", case.file)).flattened()).to(workspace.device)
     return replace(case, truth=truth, small=shrink(truth, workspace.scale))

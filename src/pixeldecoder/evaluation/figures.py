@@ -17,7 +17,7 @@ from pixeldecoder.evaluation.metrics import Metric
 from pixeldecoder.evaluation.pixels import luma, texture_map
 from pixeldecoder.evaluation.results import image_path
 from pixeldecoder.evaluation.tables import ARROWS, Rows, interval, number, scores_of
-from pixeldecoder.files import load_image, to_image, to_tensor
+from pixeldecoder.pictures import read, to_image, to_tensor
 
 CROP = 320
 """Side in pixels of the crops that are shown."""
@@ -127,11 +127,11 @@ def compare_crops(output: Path, rows: Rows, metrics: list[Metric]) -> list[CropC
         worst, best = order[:SHOWN], order[max(SHOWN, len(order) - SHOWN) :][::-1]
         for kind, row in [("worst", row) for row in worst] + [("best", row) for row in best]:
             others = [setting for setting, own in rows.items() if row["image"] in own]
-            pictures = {str(s): load_image(image_path(output, s, row["file"])) for s in others}
+            pictures = {str(s): read(image_path(output, s, row["file"])).flattened() for s in others}
             truth = image_path(output, "truth", row["file"])
             image = to_tensor(pictures[str(main)])
             if truth.exists():
-                original = to_tensor(load_image(truth))
+                original = to_tensor(read(truth).flattened())
                 pictures = {"original": to_image(original)} | pictures
                 pictures[f"texture of {main}"] = texture_picture(image, original)
                 error = (image - original).square().mean(dim=1, keepdim=True)

@@ -23,7 +23,7 @@ from pixeldecoder.evaluation.results import (
     read_rows,
     study_settings,
 )
-from pixeldecoder.files import load_image
+from pixeldecoder.pictures import read
 
 QUESTION = (
     "Here are two versions of one picture{prompt}. Which one looks better to you: sharper where it should be, with "
@@ -85,7 +85,7 @@ def judge(
         prompt = f', made for the prompt "{question["image"]}"' if prompts else ""
         content: list[dict[str, Any]] = [{"type": "text", "text": QUESTION.format(prompt=prompt)}]
         for order in ("first", "second"):
-            picture = load_image(image_path(output, question[order], rows[question[order], question["image"]]))
+            picture = read(image_path(output, question[order], rows[question[order], question["image"]])).flattened()
             content += [
                 {"type": "text", "text": f"The {order}:"},
                 {"type": "image_url", "image_url": {"url": _uri(picture)}},

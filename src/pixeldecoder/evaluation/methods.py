@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 
 from pixeldecoder.convert import read_reference
 from pixeldecoder.errors import require
-from pixeldecoder.files import load_image, to_image, to_tensor
 from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
 from pixeldecoder.latents import SPACES, decode, encode
-from pixeldecoder.pictures import SUFFIXES
+from pixeldecoder.pictures import SUFFIXES, read, to_image, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline, file_settings
 from pixeldecoder.presets import HUB_REPOSITORY, NANO, PRESETS
 
@@ -161,7 +160,7 @@ def baseline_method(name: str, vae: torch.nn.Module | None, frame: Frame, worksp
 
     def run(case: Case, setting: Setting) -> tuple[torch.Tensor, float]:
         if workspace.prompts:
-            own = to_tensor(load_image(latents_path(workspace.output, case))).to(workspace.device)
+            own = to_tensor(read(latents_path(workspace.output, case)).flattened()).to(workspace.device)
             return _timed(lambda: larger(own, case))
         assert vae is not None and case.small is not None and setting.sigma is not None
         latents = workspace.noised(encode(vae, case.small), case, setting.sigma, frame)

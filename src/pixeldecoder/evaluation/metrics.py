@@ -15,8 +15,7 @@ from tqdm import tqdm
 from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.evaluation.perceptual import LPIPS, SqueezeNetDistance
 from pixeldecoder.evaluation.pixels import border, ciede2000, colour_shift, luma, spectral_error, texture, unit
-from pixeldecoder.files import to_image
-from pixeldecoder.pictures import psnr
+from pixeldecoder.pictures import psnr, to_image
 
 Score = Callable[[torch.Tensor, Any, str], float]
 """From an image (1, 3, H, W) in [-1, 1], the truth of the same shape or `None`, and the prompt."""

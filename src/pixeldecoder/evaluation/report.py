@@ -13,7 +13,8 @@ from pixeldecoder.evaluation.figures import CropComparison, compare_crops, plot_
 from pixeldecoder.evaluation.metrics import METRICS, Metric, find_metrics, load_metrics, measure
 from pixeldecoder.evaluation.results import read_finished, read_lines, read_rows, study_settings
 from pixeldecoder.evaluation.tables import RESAMPLES, Cell, Rows, Table, headings, judge_tables, score_tables
-from pixeldecoder.files import load_image, side_by_side, to_tensor, write_whole
+from pixeldecoder.files import write_whole
+from pixeldecoder.pictures import read, side_by_side, to_tensor
 
 
 def write_report(output: Path) -> None:
@@ -56,7 +57,7 @@ def write_comparison(first: Path, second: Path, output: Path, weights: dict[str,
         ValueError: not readable, of different size, or a package of the `evaluate` extra is missing.
     """
     require("compare", "evaluate", "jinja2", "torchmetrics")
-    images = [load_image(path) for path in (first, second)]
+    images = [read(path).flattened() for path in (first, second)]
     if images[0].size != images[1].size:
         sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
         raise ValueError(f"{first} and {second}: expected two images of one size, got {sizes}")

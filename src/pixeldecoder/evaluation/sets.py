@@ -9,7 +9,7 @@ import torch
 
 from pixeldecoder.evaluation.methods import Setting
 from pixeldecoder.evaluation.results import image_path
-from pixeldecoder.files import load_image, to_tensor
+from pixeldecoder.pictures import read, to_tensor
 
 PATCH = 256
 """Side in pixels of the patches of the patch FID."""
@@ -58,7 +58,7 @@ def compare_sets(
 
 def _patches(name: str, output: Path, setting: Setting | str, file: str) -> torch.Tensor:
     """A picture as FID takes it, (B, 3, H, W) uint8; in patches for the patch FID."""
-    image = (to_tensor(load_image(image_path(output, setting, file))) * 127.5 + 127.5).round().byte()
+    image = (to_tensor(read(image_path(output, setting, file)).flattened()) * 127.5 + 127.5).round().byte()
     if name != "patch_fid":
         return image
     return image.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)

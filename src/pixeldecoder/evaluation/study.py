@@ -32,10 +32,11 @@ from pixeldecoder.evaluation.methods import (
 from pixeldecoder.evaluation.metrics import Metric, find_metrics, load_metrics, measure
 from pixeldecoder.evaluation.results import Results, image_path, is_whole, open_results, write_json, write_results
 from pixeldecoder.evaluation.sets import compare_sets
-from pixeldecoder.files import load_image, save_image, to_image, to_tensor, write_whole
+from pixeldecoder.files import save_image, write_whole
 from pixeldecoder.flow import Frame
 from pixeldecoder.latents import load_autoencoder
 from pixeldecoder.ldm import partly_denoise
+from pixeldecoder.pictures import read, to_image, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline
 
 Methods = list[tuple[list[Setting], Callable[[], Method]]]
@@ -128,7 +129,7 @@ class Study:
         workspace = Workspace(self.output, self.source.prompts, self.seed, scale, self.device)
         # The quick ones, and their errors, first.
         methods = self._baselines(facts[0].frame if facts else "flow", workspace) + self._decoders(facts, workspace)
-        cases = list_cases(self.source, 16 * scale)
+        cases = list_cases(self.source, 16 * scale, self.output)
         settings = [setting for settings, _ in methods for setting in settings]
         results = open_results(self.output, self._identity(scale), settings, self.state.process_index, self._tell)
         self.state.wait_for_everyone()  # all have read it, before one writes
@@ -280,7 +281,7 @@ class Study:
                     image, seconds = method(pictured, setting)
                     save_image(to_image(image), path)
                     row = {"image": case.name, "file": case.file, "seconds": seconds} | asdict(setting)
-                image = to_tensor(load_image(path)).to(self.device)  # as 8 bits hold it
+                image = to_tensor(read(path).flattened()).to(self.device)  # as 8 bits hold it
                 for name in scores:
                     if name not in row:
                         with suppress(MemoryError):  # left out, so that another run tries again

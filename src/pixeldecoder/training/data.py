@@ -21,8 +21,9 @@ from PIL import Image
 
 from pixeldecoder.flow import SampleRandom
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import UNREADABLE, Folder, Record, Shards, bucket
+from pixeldecoder.pictures import UNREADABLE
 from pixeldecoder.plan import held_memory, memory_budget
+from pixeldecoder.sources import Folder, Record, Shards, bucket
 from pixeldecoder.training.config import Run
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ def load_source(config: Run) -> Folder | Shards:
     if not data.source:
         raise ValueError("data.source: expected a folder of images or WebDataset shards")
     if (folder := Path(data.source)).is_dir():
-        return Folder(folder, data.captions)
+        return Folder(folder, data.captions, config.output)
     if ".tar" not in data.source:
         what = "expected a folder, or .tar shards" if folder.exists() else "no such folder"
         raise ValueError(f"data.source {data.source}: {what}")
@@ -196,14 +197,14 @@ def _plan(
 
 def crop(record: Record, size: tuple[int, int], rng: random.Random) -> torch.Tensor:
     """(3, H, W) uint8, of a picture that covers the size, shrunk as far as it still does."""
-    with record.open() as opened:
-        image = opened.convert("RGB")
+    image = record.open()
     factor = max(size[0] / image.width, size[1] / image.height)
-    if factor != 1:
-        covering = (max(size[0], round(image.width * factor)), max(size[1], round(image.height * factor)))
-        image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = rng.randint(0, image.width - size[0]), rng.randint(0, image.height - size[1])
-    image = image.crop((left, top, left + size[0], top + size[1]))
+    width, height = max(size[0], round(image.width * factor)), max(size[1], round(image.height * factor))
+    left, top = rng.randint(0, width - size[0]), rng.randint(0, height - size[1])
+    x, y = image.width / width, image.height / height
+    # Cut out of the whole picture before it is shrunk: a thin one is never made large.
+    box = (left * x, top * y, (left + size[0]) * x, (top + size[1]) * y)
+    image = image.resize(size, Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -228,8 +229,7 @@ def batches_in_memory(
     images, items = [], []
     for record in source.items:
         try:
-            with record.open() as opened:
-                images.append(torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).to(device))
+            images.append(torch.from_numpy(np.array(record.open())).permute(2, 0, 1).to(device))
             items.append(record)
         except UNREADABLE as error:
             source.skipped.add(record.name, error)

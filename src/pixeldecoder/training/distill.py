@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, clean, guided, noised
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import Folder, Shards
 from pixeldecoder.pipeline import FlowMatchLCMScheduler, PixelDecoderPipeline
+from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Student
 from pixeldecoder.training.data import Batch, load_batches

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
-from pixeldecoder.pictures import Folder, Shards
+from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training.checkpoints import Checkpoints, export, is_main
 from pixeldecoder.training.config import Prior, Run, Student, Teacher, check
 from pixeldecoder.training.data import load_source

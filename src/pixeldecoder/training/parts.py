@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import Folder, Shards
+from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training.config import Optimizer, Run
 from pixeldecoder.training.data import Batch
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from pixeldecoder.flow import SampleRandom, noised, training_times
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import Folder, Shards
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.sampler import teacher_scheduler
+from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Prior, Teacher
 from pixeldecoder.training.data import Batch, load_batches

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from pixeldecoder.files import to_image
 from pixeldecoder.flow import SampleRandom, add_noise
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import UNREADABLE, Folder, Record, Shards, bucket, psnr, shrink
+from pixeldecoder.pictures import UNREADABLE, psnr, shrink, to_image
+from pixeldecoder.sources import Folder, Record, Shards, bucket
 from pixeldecoder.training.checkpoints import is_main
 from pixeldecoder.training.config import Conditioned, Run
 from pixeldecoder.training.data import Batch, crop, load_sizes, side_multiple
