@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF"]
 """Pillow's names; others, of which some start programs, are not opened whatever a file is called."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 if importlib.util.find_spec("pillow_heif"):
     FORMATS.append("HEIF")
     SUFFIXES += (".heic", ".heif")
@@ -154,7 +154,7 @@ def _convert(image: Image.Image) -> Picture:
         image = _from_16_bits(image)
     elif image.mode == "LAB":
         lab = ImageCms.createProfile("LAB")
-        image = ImageCms.profileToProfile(image, lab, _srgb(), outputMode="RGB")
+        image = ImageCms.profileToProfile(image, lab, _srgb(), outputMode="RGB")  # type: ignore[assignment]
     elif has_alpha:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
@@ -200,7 +200,7 @@ def _to_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Imag
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() == "RGB" and image.mode == "L":  # of grey, or of a palette's
             image = image.convert("RGB")
-        return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
+        return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")  # type: ignore[return-value]
     except (ImageCms.PyCMSError, OSError, ValueError):
         notes.append("its colour profile does not fit it or is broken: taken as sRGB")
         return image

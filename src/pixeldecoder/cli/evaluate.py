@@ -141,11 +141,12 @@ class Compare:
     """Of metrics, as in `evaluate`."""
 
     def run(self) -> None:
-        from pixeldecoder.files import check_target, image_size
+        from pixeldecoder.files import check_target
+        from pixeldecoder.pictures import size
 
         check_target(self.output, (".html",))
         for path in (self.first, self.second):
-            image_size(path)
+            size(path)
 
         from pixeldecoder.evaluation.report import write_comparison
 
