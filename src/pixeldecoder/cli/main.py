@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -57,7 +58,9 @@ ABOUT = f"""{__doc__}
 
 def dispatch(args: list[str]) -> None:
     """Run a command."""
-    name, rest = (args[0] if args else ""), args[1:]
+    # A shell leaves "~" alone where it is quoted, or after "=".
+    home = os.path.expanduser("~")
+    name, *rest = [re.sub(r"^(--[\w.-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{home}", word) for word in args or [""]]
     if name == "--version":
         print(f"pixeldecoder {__version__}")
     elif name in ("-h", "--help"):
