@@ -174,21 +174,20 @@ def test_a_small_file_does_not_stand_for_a_large_one(tmp_path, text, message, re
 
 
 @pytest.mark.parametrize(
-    ("text", "option"),
+    "source",
     [
-        ("data: {source: 'pipe:touch CANARY; cat /dev/null #.tar'}", "--data.source"),
-        ("data: {source: 'PIPE:touch CANARY #.tar'}", "--data.source"),
-        ("data: {source: '{pi,x}pe:touch CANARY #.tar'}", "--data.source"),
-        ("data: {source: '{https://here/a,pipe:touch CANARY #}.tar'}", "--data.source"),
-        ("encoder: 'os:system'", "--encoder"),
+        "pipe:touch CANARY; cat /dev/null #.tar",
+        "PIPE:touch CANARY #.tar",
+        "{pi,x}pe:touch CANARY #.tar",
+        "{https://here/a,pipe:touch CANARY #}.tar",
     ],
 )
-def test_a_file_has_nothing_run(tmp_path, monkeypatch, capsys, text, option):
+def test_a_file_runs_no_command(tmp_path, monkeypatch, capsys, source):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text(f"data: {{source: '{source}'}}")
     assert main(["train", "teacher", "--recipe", "nano", "--config", "run.yaml"]) == 2
     line = capsys.readouterr().err
-    assert f"for {option} alone, not for a file" in line and line.count("\n") == 1
+    assert "for --data.source alone, not for a file" in line and line.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 

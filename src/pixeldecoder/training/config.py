@@ -345,18 +345,17 @@ def _check_bounds(config: Any, prefix: str = "") -> None:
 
 
 def read_yaml(path: Path, default: Run) -> Run:
-    """`default` with what the file sets. A file has nothing run: commands and functions are the command line's.
+    """`default` with what the file sets. A file runs no command: that is the command line's.
 
     Raises:
-        ValueError: no such file, a key that does not exist, a value of another type, or one that runs something; the
-            message names it.
+        ValueError: no such file, a key that does not exist, a value of another type, or a command to run; the message
+            names it.
     """
     require("training", "train", "pydantic", "yaml")
     from pydantic import ValidationError
 
-    found = load_yaml(path)
     try:
-        config = _adapter(type(default)).validate_python(_merged(to_dict(default), found))
+        config = _adapter(type(default)).validate_python(_merged(to_dict(default), load_yaml(path)))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
@@ -364,9 +363,9 @@ def read_yaml(path: Path, default: Run) -> Run:
     # Braces may hide a scheme: a shard's must be there in plain sight.
     source = config.data.source
     if ":" in source and ".tar" in source and not re.match(r"(?!pipe:)[a-z0-9]+://", source, re.IGNORECASE):
-        raise ValueError(f"{path}: data.source {_short(source)}: a command is run for --data.source alone, not for a file")
-    if "encoder" in found and ":" in (encoder := getattr(config, "encoder", "")) and not Path(encoder).exists():
-        raise ValueError(f"{path}: encoder {_short(encoder)}: a function is imported for --encoder alone, not for a file")
+        raise ValueError(
+            f"{path}: data.source {_short(source)}: a command is run for --data.source alone, not for a file"
+        )
     return config
 
 
