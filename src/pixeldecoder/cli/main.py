@@ -60,9 +60,8 @@ def dispatch(args: list[str]) -> None:
     """Run a command."""
     # A shell leaves "~" alone where it is quoted, or after "=".
     home = os.path.expanduser("~")
-    name, *rest = [
-        re.sub(r"^(--[\w.-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{home}", word) for word in args or [""]
-    ]
+    words = [re.sub(r"^(--[\w.-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{home}", word) for word in args]
+    name, *rest = words or [""]
     if name == "--version":
         print(f"pixeldecoder {__version__}")
     elif name in ("-h", "--help"):
