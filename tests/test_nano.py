@@ -72,3 +72,11 @@ def test_chunk_size_does_not_change_the_image():
     assert images[0].std() > 0.1
     for image in images[1:]:
         assert (image - images[0]).abs().max() < 1e-6
+
+
+def test_float16(nano):
+    """Its pixels go to millions on their way."""
+    latents = load_file(SAMPLES[0])["latents"][..., :12, :12]
+    half = PixelDecoderPipeline.from_pretrained("nano", dtype=torch.float16)
+    half.set_progress_bar_config(disable=True)
+    assert psnr(decode(half, latents), decode(nano, latents)) > 40

@@ -467,3 +467,12 @@ def test_what_sampling_needs_is_in_the_presets():
     for preset in PRESETS.values():
         assert (preset.negative_prompt == RELEASED_NEGATIVE_PROMPT) == (preset.guidance_scale > 1)
         assert (preset.negative_prompt == "") == preset.distilled
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [(torch.float16, "use bfloat16 or float32"), (torch.float32, "damaged")])
+def test_an_image_that_is_not_finite_is_an_error(dtype, advice):
+    pipeline = tiny_pipeline().to(dtype)
+    pipeline.transformer.proj_out.bias.data[1] = torch.inf
+    for output_type in "pil", "latent":
+        with pytest.raises(ValueError, match=rf"^4096 of the image's 12288 values are NaN or infinite.*{advice}"):
+            pipeline(torch.zeros(1, 16, 2, 2), num_inference_steps=1, output_type=output_type)

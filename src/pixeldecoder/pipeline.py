@@ -308,8 +308,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             `ImagePipelineOutput`, or a tuple of the images.
 
         Raises:
-            ValueError: inputs that do not fit the network, or an image that does not fit the memory; the message says
-                what was expected and what came.
+            ValueError: inputs that do not fit the network, an image that does not fit the memory, or one that is not
+                finite, as float16 may overflow; the message says what was expected and what came.
         """
         device = self._execution_device
         wants_image = self._check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -375,7 +375,15 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                             break
 
         del network, steps
-        images = postprocess(image[..., : size[0], : size[1]], output_type)
+        image = image[..., : size[0], : size[1]]
+        if not image.isfinite().all():
+            dtype = str(self.transformer.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{int((~image.isfinite()).sum())} of the image's {image.numel()} values are NaN or infinite, of a "
+                f"network in {dtype}: "
+                + ("use bfloat16 or float32" if dtype == "float16" else "its weights are damaged, or not a decoder's")
+            )
+        images = postprocess(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

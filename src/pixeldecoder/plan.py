@@ -245,13 +245,14 @@ def peak_memory(
         adapter = 5 * whole * config.adapter_dim * item
         if tiles.count > 1:
             features += injections * tile * dim * item
-    tokens = tile * dim * item
+    summed = 4 if model.dtype == torch.float16 else item  # what blocks add to, which float16 does not hold
+    tokens = tile * dim * summed
     text = batch * text_tokens * dim * item
     joint = 3 * (tokens + text) * (2 if text else 1)  # queries, keys and values, and once more to join text and image
     patch_chunk = chunk * 12 * dim * item  # the MLP: three tensors of 8/3 of the width, and four of one width
     patch_phase = 2 * tokens + joint + tokens + text + patch_chunk
-    pixel_chunk = chunk * 12 * pixel_values * item
-    pixel_phase = 2 * tokens + 2 * tile * pixel_values * item + 4 * tile * pixel_attn * item + pixel_chunk
+    pixel_chunk = chunk * 12 * pixel_values * summed
+    pixel_phase = 2 * tokens + 2 * tile * pixel_values * summed + 4 * tile * pixel_attn * item + pixel_chunk
     tile_canvas = 12 * tile * config.patch_size**2
     network = (2 if tiles.count > 1 else 1) * canvas + 2 * tile_canvas + max(patch_phase, pixel_phase)
     if offload or _is_group_offload_enabled(model):

@@ -367,3 +367,34 @@ def test_device_map_keeps_blocks_whole():
     names = {type(module).__name__ for module in tiny_model().modules()}
     assert set(PixelDecoderTransformer2DModel._no_split_modules) <= names
     assert set(PixelDecoderTransformer2DModel._repeated_blocks) <= names
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_V15, TINY_NANO])
+@torch.no_grad()
+def test_sums_that_float16_does_not_hold(config):
+    """One channel of image and text, and all pixels, grow beyond its 65504, the pixels as nano's do; layers that read
+    the image unnormalised have nothing of that channel, as massive activations are for attention alone."""
+    model, given = tiny_model(**config), inputs()
+    if config["text_embed_dim"] is None:
+        given["encoder_hidden_states"] = None
+    patches, pixels = model.patch_blocks[0], model.pixel_blocks[0]
+    for norms, mlp in (patches.image, patches.mlp), (patches.text, patches.text_mlp):
+        if mlp is not None:
+            norms.adaln.weight[-32] *= 10_000  # gate of the first channel
+            mlp.down_proj.weight[0] *= 10_000
+    pixels.adaln_out.weight[: 16**2 * model.config.pixel_dim] *= 1000  # gate
+    pixels.expand.weight *= 1000
+    gates = [*model.adapter.sigma_gates, *filter(None, [model.adapter.pixel_sigma_gate])]
+    for layer in (*(x for block in model.pixel_blocks for x in (block.adaln_in, block.adaln_out)),
+                  *(gate.proj for gate in gates)):  # fmt: skip
+        layer.weight[:, 0] = 0
+    seen = []
+    for block in patches, pixels:
+        block.register_forward_hook(lambda block, args, out: seen.append(out if isinstance(out, tuple) else (out,)))
+    truth = model(**given).sample
+    sums = [x for out in seen for x in out if x is not None]
+    assert min(x.abs().max() for x in sums) > 65504 and len(sums) == (3 if config["text_embed_dim"] else 2)
+    output = model.half()(**given).sample
+    assert output.dtype == torch.float32 and relative(output, truth) < 0.02
+    chunked = model(**given, chunk_size=5).sample
+    assert relative(chunked, output) < 0.02

@@ -337,18 +337,58 @@ def test_a_folder_may_be_written_in_another_way(teacher):
     assert last.name == "step_00000002"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"stage": "teacher", "step"', "progress.json: damaged"),
-        ("5", "progress.json: damaged"),
-        ('{"step": 1, "position": 1, "architecture": {}}', "progress.json does not tell stage, samples"),
-    ],
-)
-def test_a_checkpoint_that_does_not_tell_where_it_is(teacher, text, message):
-    (train(replace(teacher, steps=1)) / "progress.json").write_text(text)
-    with pytest.raises(TrainingError, match=message):
+def _emptied(checkpoint: Path) -> None:
+    (checkpoint / "progress.json").write_text("")
+
+
+def _without_progress(checkpoint: Path) -> None:
+    (checkpoint / "progress.json").unlink()
+
+
+def _of_an_earlier_version(checkpoint: Path) -> None:
+    (checkpoint / "progress.json").write_text('{"step": 1, "position": 1, "architecture": {}}')
+
+
+def _truncated(checkpoint: Path) -> None:
+    for path in checkpoint.glob("*.distcp"):
+        os.truncate(path, path.stat().st_size // 3)
+
+
+def _overwritten(checkpoint: Path) -> None:
+    for path in checkpoint.glob("*.distcp"):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGE = {
+    _emptied: "progress.json: damaged",
+    _without_progress: "progress.json: damaged (No such file or directory)",
+    _of_an_earlier_version: "progress.json does not tell stage, samples",
+    _truncated: "cannot be read",
+    _overwritten: "cannot be read",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(teacher, tmp_path, damage, caplog):
+    config = replace(teacher, checkpoint_every=1, keep_checkpoints=2)
+    damage(train(replace(config, steps=3)))
+    kept = train(replace(config, steps=4))
+    (told,) = [line for line in caplog.messages if "going on from" in line]
+    assert "step_00000003" in told and DAMAGE[damage] in told and told.endswith("going on from step_00000002")
+    # Nothing is lost but the time: the steps come again, and are the same.
+    resumed, whole = weights(kept), weights(train(replace(config, steps=4, output=tmp_path / "whole")))
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert [path.name for path in Checkpoints(config).existing()] == ["step_00000003", "step_00000004"]
+    steps = [json.loads(line)["step"] for line in (config.output / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_without_another(teacher, damage):
+    damage(train(replace(teacher, steps=1)))
+    with pytest.raises(TrainingError, match="no older checkpoint to go on from: give another output folder") as error:
         train(teacher)
+    assert DAMAGE[damage] in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["output", "export"])
@@ -439,13 +479,18 @@ def test_a_run_of_minutes_in_pieces(teacher, monkeypatch, tmp_path):
     assert seen == [(0, 0), (1, 0.25), (2, 0.5), (3, 0.75)]
 
 
-def test_a_log_line_cut_short_by_a_kill(teacher):
+TORN = [b'{"step": 3, "velo', b'{"step": 3, "a": {"b": 1}', b"\0" * 40, b"\xff\xfe", b"[1]", b"{}", b'{"step": "x"}']
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_log_line_cut_short(teacher, torn, capsys):
     train(replace(teacher, steps=2))
-    with (teacher.output / "log.jsonl").open("a") as file:
-        file.write('{"step": 3, "velo')
-    train(teacher)
-    steps = [json.loads(line)["step"] for line in (teacher.output / "log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    path = teacher.output / "log.jsonl"
+    path.write_bytes(path.read_bytes() + torn)
+    log.plot(path, teacher.output / "curves.png")
+    train(replace(teacher, steps=3))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert f"{path}: left out 1 damaged line\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])

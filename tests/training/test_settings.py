@@ -13,6 +13,7 @@ from pixeldecoder.cli import main
 from pixeldecoder.training import config as module
 from pixeldecoder.training.config import RECIPES, Data, Lora, Optimizer, Prior, Student, Teacher, check, read_yaml
 from pixeldecoder.training.loop import train
+from pixeldecoder.training.network import read_architecture
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,57 @@ def test_errors_of_yaml_are_short_and_name_the_file(tmp_path, text, message):
     with pytest.raises(ValueError) as error:
         read_yaml(path, Teacher())
     assert str(error.value).startswith(f"{path}: {message}") and len(str(error.value)) < len(str(path)) + 400
+
+
+HOSTILE = [
+    ("a: &a [x, x]\nb: [*a, *a]", "expected settings without aliases"),
+    ("data: {source: &a [x], captions: [*a]}", "expected settings without aliases"),
+    ("&a {data: *a}", "expected settings without aliases"),
+    ("[" * 3000, "got more than 8 levels"),
+    ("{" * 3000, "got more than 8 levels"),
+    ("- " * 3000, "got more than 8 levels"),
+    ("a:\n" + "".join(" " * n + "b:\n" for n in range(1, 900)), "got more than 8 levels"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), HOSTILE)
+@pytest.mark.parametrize("read", [lambda path: read_yaml(path, Teacher()), read_architecture])
+def test_a_small_file_does_not_stand_for_a_large_one(tmp_path, text, message, read):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "run.yaml")
+    assert message in str(error.value) and len(str(error.value)) < len(str(tmp_path)) + 200
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pipe:touch CANARY; cat /dev/null #.tar",
+        "PIPE:touch CANARY #.tar",
+        "{pi,x}pe:touch CANARY #.tar",
+        "{https://here/a,pipe:touch CANARY #}.tar",
+    ],
+)
+def test_a_file_runs_no_command(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"data: {{source: '{source}'}}")
+    assert main(["train", "teacher", "--recipe", "nano", "--config", "run.yaml"]) == 2
+    line = capsys.readouterr().err
+    assert "only --data.source, never a file, may run a command" in line and line.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_file_may_name_shards_and_folders(tmp_path):
+    for source in "https://here/{0..3}.tar", "data-{0000..0041}.tar", "C:/photos":
+        (tmp_path / "run.yaml").write_text(f"data: {{source: '{source}'}}")
+        assert read_yaml(tmp_path / "run.yaml", Teacher()).data.source == source
+
+
+def test_the_home_folder_in_yaml(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("output: ~/run\ndata: {source: ~/photos}")
+    config = read_yaml(tmp_path / "run.yaml", Teacher())
+    assert (config.output, config.data.source) == (tmp_path / "run", f"{tmp_path}/photos")
 
 
 def test_settings_come_back_from_yaml(tmp_path):

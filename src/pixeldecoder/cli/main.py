@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -60,7 +61,10 @@ ABOUT = f"""{__doc__}
 
 def dispatch(args: list[str]) -> None:
     """Run a command."""
-    name, rest = (args[0] if args else ""), args[1:]
+    # A shell leaves "~" alone where it is quoted, or after "=".
+    home = os.path.expanduser("~")
+    words = [re.sub(r"^(--[\w.-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{home}", word) for word in args]
+    name, *rest = words or [""]
     if name == "--version":
         print(f"pixeldecoder {__version__}")
     elif name in ("-h", "--help"):

@@ -22,6 +22,25 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines (1, L, head width), each repeated for the two channels of a pair, float32."""
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Sums over the blocks leave float16's range, and there are float32; what a layer reads is normalised first."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def narrow(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """For a layer of that dtype that reads it as it is: what float16 cannot hold, as its largest number."""
+    return x.clip(-65504, 65504).to(dtype) if dtype == torch.float16 else x
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` that in float16 reads float32 (`wide`), too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype != torch.float16:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(torch.float16)
+
+
 class Block(nn.Module):
     """Work on single tokens, then attention, then work on single tokens."""
 
@@ -69,8 +88,8 @@ class PatchBlock(Block):
             length = text.shape[1]
         attended = self.attn(qkv)
         if text is not None and not is_last:
-            text = text + text_mods[2] * self.attn.to_add_out(attended[:, :length])
-            text = text + text_mods[5] * self.text_mlp(modulate(self.text.norm2(text), *text_mods[3:5]))
+            text = wide(text) + wide(text_mods[2]) * self.attn.to_add_out(attended[:, :length])
+            text = text + wide(text_mods[5]) * self.text_mlp(modulate(self.text.norm2(text), *text_mods[3:5]))
         return (
             in_chunks(
                 chunk_size, lambda h, a: self.after_attention(h, a, *mods[2:]), hidden_states, attended[:, length:]
@@ -92,8 +111,10 @@ class PatchBlock(Block):
         mlp_scale: torch.Tensor,
         mlp_gate: torch.Tensor,
     ) -> torch.Tensor:
-        hidden_states = hidden_states + gate * self.attn.to_out(attended)
-        return hidden_states + mlp_gate * self.mlp(modulate(self.image.norm2(hidden_states), mlp_shift, mlp_scale))
+        hidden_states = wide(hidden_states) + wide(gate) * self.attn.to_out(attended)
+        return hidden_states + wide(mlp_gate) * self.mlp(
+            modulate(self.image.norm2(hidden_states), mlp_shift, mlp_scale)
+        )
 
 
 class PixelBlock(Block):
@@ -108,11 +129,11 @@ class PixelBlock(Block):
         # Rows (shift and scale, P^2, d) before attention, (gate, shift, scale and gate, P^2, d) after it.
         self.adaln_in = nn.Linear(dim, 2 * pixel_dim * pixels)
         self.adaln_out = nn.Linear(dim, 4 * pixel_dim * pixels)
-        self.norm1 = nn.RMSNorm(pixel_dim, eps=EPS)
+        self.norm1 = RMSNorm(pixel_dim, eps=EPS)
         self.compress = nn.Linear(pixels * pixel_dim, attn_dim)
         self.attn = Attention(attn_dim, heads, with_text=False)
         self.expand = nn.Linear(attn_dim, pixels * pixel_dim)
-        self.norm2 = nn.RMSNorm(pixel_dim, eps=EPS)
+        self.norm2 = RMSNorm(pixel_dim, eps=EPS)
         self.mlp = nn.Sequential(nn.Linear(pixel_dim, 4 * pixel_dim), nn.GELU(), nn.Linear(4 * pixel_dim, pixel_dim))
 
     def forward(
@@ -128,8 +149,8 @@ class PixelBlock(Block):
 
     def after_attention(self, pixels: torch.Tensor, condition: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         gate, shift, scale, mlp_gate = self.adaln_out(condition).unflatten(-1, (4, *pixels.shape[2:])).unbind(2)
-        pixels = pixels + gate * self.expand(self.attn.to_out(attended)).view_as(pixels)
-        return pixels + mlp_gate * self.mlp(modulate(self.norm2(pixels), shift, scale))
+        pixels = wide(pixels) + wide(gate) * self.expand(self.attn.to_out(attended)).view_as(pixels)
+        return pixels + wide(mlp_gate) * self.mlp(modulate(self.norm2(pixels), shift, scale))
 
 
 def in_chunks(size: int | None, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -166,8 +187,8 @@ class StreamNorms(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.adaln = nn.Linear(dim, 6 * dim)
-        self.norm1 = nn.RMSNorm(dim, eps=EPS)
-        self.norm2 = nn.RMSNorm(dim, eps=EPS)
+        self.norm1 = RMSNorm(dim, eps=EPS)
+        self.norm2 = RMSNorm(dim, eps=EPS)
 
 
 class SwiGLU(nn.Module):
@@ -179,7 +200,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(narrow(F.silu(self.gate_proj(x)) * self.up_proj(x), x.dtype))
 
 
 class AttentionProcessor:
@@ -209,13 +230,13 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm_q = nn.RMSNorm(dim // heads, eps=EPS)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=EPS)
+        self.norm_q = RMSNorm(dim // heads, eps=EPS)
+        self.norm_k = RMSNorm(dim // heads, eps=EPS)
         self.to_out = nn.Linear(dim, dim)
         if with_text:
             self.add_qkv = nn.Linear(dim, 3 * dim, bias=False)
-            self.norm_added_q = nn.RMSNorm(dim // heads, eps=EPS)
-            self.norm_added_k = nn.RMSNorm(dim // heads, eps=EPS)
+            self.norm_added_q = RMSNorm(dim // heads, eps=EPS)
+            self.norm_added_k = RMSNorm(dim // heads, eps=EPS)
             self.to_add_out = nn.Linear(dim, dim)
         self.set_processor(AttentionProcessor())
 
@@ -290,7 +311,7 @@ class TextEmbedding(nn.Module):
     def __init__(self, text_embed_dim: int, dim: int, max_length: int):
         super().__init__()
         self.proj = nn.Linear(text_embed_dim, dim)
-        self.norm = nn.RMSNorm(dim, eps=EPS)
+        self.norm = RMSNorm(dim, eps=EPS)
         self.positions = nn.Parameter(torch.zeros(1, max_length, dim))
 
     def forward(self, prompt_embeds: torch.Tensor) -> torch.Tensor:

@@ -24,12 +24,15 @@ from pixeldecoder.models.layers import (
     EPS,
     PatchBlock,
     PixelBlock,
+    RMSNorm,
     Rotary,
     TextEmbedding,
     image_rotary,
     in_chunks,
+    narrow,
     pixel_positions,
     text_rotary,
+    wide,
 )
 
 TIME_WIDTH = 256
@@ -143,7 +146,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             PixelBlock(dim, pixel_dim, pixel_attn_dim, num_pixel_attention_heads, patch_size)
             for _ in range(num_pixel_layers)
         )
-        self.norm_out = nn.RMSNorm(pixel_dim, eps=EPS)
+        self.norm_out = RMSNorm(pixel_dim, eps=EPS)
         self.proj_out = nn.Linear(pixel_dim, 3)
         self.gradient_checkpointing = False
         self._init_weights()
@@ -299,7 +302,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         for i, block in enumerate(self.patch_blocks[: last + 1]):
             if latent_features is not None and i % self.config.injection_interval == 0:
                 injection = i // self.config.injection_interval
-                h = h + self.adapter.sigma_gates[injection](h, latent_features.injections[injection], sigma)
+                gate, injected = self.adapter.sigma_gates[injection], latent_features.injections[injection]
+                h = wide(h) + gate(narrow(h, dtype), injected, sigma)
             h, text = self._run(block, h, text, condition, rotary, text_rope, i == last, chunk_size)
             if return_features is not None and i in return_features:
                 features[i] = h.transpose(1, 2).unflatten(2, grid)
@@ -309,7 +313,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             return result if return_dict else result.to_tuple()
 
         # Pixels (B, L, P^2, d): s (B, L, D) conditions those of each patch (eq. 15, 17).
-        s = F.silu(time + h)
+        s = F.silu(time + narrow(h, dtype))
         if latent_features is not None and latent_features.pixel is not None:
             s = s + self.adapter.pixel_sigma_gate(s, latent_features.pixel, sigma)
         pixels = self._pixels(image)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from diffusers.utils import logging
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -25,6 +26,8 @@ from pixeldecoder.presets import NANO
 from pixeldecoder.training.config import FREE, Run, changes, load_yaml, to_dict, write_yaml
 from pixeldecoder.training.parts import Average, Part, Stage, TrainingError
 
+logger = logging.get_logger(__name__)
+
 PARTIAL = ".partial"
 
 
@@ -38,23 +41,31 @@ class Checkpoints:
         self.config = config
         self.stage = type(config).__name__.lower()
         self.folder = config.output / "checkpoints"
+        self.damaged: set[Path] = set()
 
     def existing(self) -> list[Path]:
-        """Complete ones, oldest first."""
-        return sorted(path for path in self.folder.glob("step_*") if path.suffix != PARTIAL)
+        """Complete ones that were not found damaged, oldest first."""
+        paths = self.folder.glob("step_*")
+        return sorted(path for path in paths if path.suffix != PARTIAL and path not in self.damaged)
 
     def changes(self) -> list[str]:
         """What this run sets otherwise than the newest checkpoint's, of what it may; needs no network.
 
         Raises:
-            TrainingError: the checkpoint is of another stage, or was made with settings that must stay.
+            TrainingError: the checkpoint is of another stage, was made with settings that must stay, or is damaged and
+                the only one.
         """
-        if not (existing := self.existing()):
-            return []
-        stage = _progress(existing[-1])["stage"]
+        settings = None
+        while settings is None:
+            if not (existing := self.existing()):
+                return []
+            try:
+                stage, settings = _progress(existing[-1])["stage"], load_yaml(existing[-1] / "config.yaml")
+            except ValueError as error:
+                self._leave_out(existing[-1], str(error))
         if stage != self.stage:
             raise TrainingError(f"{existing[-1]} is a {stage}'s, not a {self.stage}'s: give another output folder")
-        differing = changes(load_yaml(existing[-1] / "config.yaml"), to_dict(self.config))
+        differing = changes(settings, to_dict(self.config))
         if fixed := [f"{name}: {change}" for name, change in differing.items() if name not in FREE]:
             raise TrainingError(
                 f"{self.config.output} holds a run with other settings ({'; '.join(fixed)}): give those again to go on "
@@ -106,6 +117,7 @@ class Checkpoints:
                         os.fsync(opened.fileno())
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
+                self.damaged.discard(target)
                 for old in self.existing()[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old)
             barrier()
@@ -119,33 +131,34 @@ class Checkpoints:
     def load(
         self, parts: dict[str, Part], average: Average, architecture: dict[str, Any], samples: int
     ) -> tuple[int, int, float]:
-        """The newest one into `parts` and `average`.
+        """The newest one that is not damaged into `parts` and `average`.
 
         Returns:
             Its step, the position of the data in batches of so many `samples`, and the minutes it took; zeros if there
             is none.
 
         Raises:
-            TrainingError: it is of another architecture.
+            TrainingError: it is of another architecture, or none can be read.
         """
-        if not (existing := self.existing()):
-            return 0, 0, 0.0
-        progress = _progress(existing[-1])
-        if progress["architecture"] != (architecture := _plain(architecture)):
-            names = [k for k in architecture if architecture[k] != progress["architecture"].get(k)]
-            raise TrainingError(
-                f"{existing[-1]} is of another architecture (other {', '.join(names)}): give another output folder, "
-                "or the model that it was made with"
-            )
-        state = self._state(parts, average)
-        try:
-            dcp.load(state, checkpoint_id=existing[-1], no_dist=not dist.is_initialized())
-        except (Exception, CheckpointException) as error:
-            _pass_on_interrupt(error)
-            raise TrainingError(
-                f"{existing[-1]} does not fit this run ({_reason(error)}): another stage, LoRA or "
-                "trained part? Give another output folder"
-            ) from error
+        architecture, state = _plain(architecture), self._state(parts, average)
+        loaded = False
+        while not loaded:
+            if not (existing := self.existing()):
+                return 0, 0, 0.0
+            progress = _progress(existing[-1])
+            if progress["architecture"] != architecture:
+                names = [k for k in architecture if architecture[k] != progress["architecture"].get(k)]
+                raise TrainingError(
+                    f"{existing[-1]} is of another architecture (other {', '.join(names)}): give another output "
+                    "folder, or the model that it was made with"
+                )
+            try:
+                dcp.load(state, checkpoint_id=existing[-1], no_dist=not dist.is_initialized())
+                loaded = True
+            except (Exception, CheckpointException) as error:
+                _pass_on_interrupt(error)
+                # The settings are the same: what does not fit them is damaged, or another version's.
+                self._leave_out(existing[-1], f"{existing[-1]} cannot be read ({_reason(error)})")
         for name, part in parts.items():
             set_state_dict(
                 part.module,
@@ -155,6 +168,21 @@ class Checkpoints:
             )
         position = -(-progress["position"] * progress["samples"] // samples)
         return progress["step"], position, progress.get("minutes", 0.0)
+
+    def _leave_out(self, damaged: Path, why: str) -> None:
+        """Go on from an older one.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        self.damaged.add(damaged)
+        if not (older := self.existing()):
+            raise TrainingError(
+                f"{why}, and there is no older checkpoint to go on from: give another output folder, or delete "
+                f"{self.folder} to begin anew"
+            )
+        if is_main():
+            logger.warning(f"{why}: going on from {older[-1].name}")
 
     def _state(self, parts: dict[str, Part], average: Average) -> dict[str, Any]:
         state: dict[str, Any] = {"average": average.values}  # loaded in place
@@ -203,18 +231,17 @@ def _progress(checkpoint: Path) -> dict[str, Any]:
     """What `save` wrote of a checkpoint.
 
     Raises:
-        TrainingError: it is damaged, or of an earlier version.
+        ValueError: it is damaged, or of an earlier version.
     """
     path = checkpoint / "progress.json"
     try:
         found = json.loads(path.read_text())
         missing = [name for name in ("stage", "step", "position", "samples", "architecture") if name not in found]
-    except (ValueError, TypeError) as error:
-        raise TrainingError(f"{path}: damaged ({error}): delete {checkpoint} to go on from an older one") from None
+    except (OSError, ValueError, TypeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: damaged ({why})") from None
     if missing:
-        raise TrainingError(
-            f"{path} does not tell {', '.join(missing)}: it is of an earlier version: give another output folder"
-        )
+        raise ValueError(f"{path} does not tell {', '.join(missing)}: it is damaged, or of an earlier version")
     return found
 
 

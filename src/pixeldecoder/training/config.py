@@ -6,6 +6,7 @@ The defaults are the paper's settings; the recipes below name what else differs.
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -300,6 +301,8 @@ RECIPES: dict[str, dict[str, Callable[[], Run]]] = {
 }
 
 
+DEEPEST = 8
+"""Levels of a settings file."""
 FREE = {
     "architecture",  # what is in the file must stay, which a checkpoint knows
     "output", "export", "steps", "minutes", "piece",
@@ -342,31 +345,50 @@ def _check_bounds(config: Any, prefix: str = "") -> None:
 
 
 def read_yaml(path: Path, default: Run) -> Run:
-    """`default` with what the file sets.
+    """`default` with what the file sets. A file runs no command: that is the command line's.
 
     Raises:
-        ValueError: no such file, a key that does not exist or a value of another type; the message names it.
+        ValueError: no such file, a key that does not exist, a value of another type, or a command to run; the message
+            names it.
     """
     require("training", "train", "pydantic", "yaml")
     from pydantic import ValidationError
 
     try:
-        return _adapter(type(default)).validate_python(_merged(to_dict(default), load_yaml(path)))
+        config = _adapter(type(default)).validate_python(_merged(to_dict(default), load_yaml(path)))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
-        raise ValueError(f"{path}: {'; '.join(lines)}") from None
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise ValueError(f"{path}: {'; '.join(lines[:3])}{more}") from None
+    # Braces may hide a scheme: a shard's must be there in plain sight.
+    source = config.data.source
+    if ":" in source and ".tar" in source and not re.match(r"(?!pipe:)[a-z0-9]+://", source, re.IGNORECASE):
+        raise ValueError(
+            f"{path}: data.source {_short(source)}: a command is run for --data.source alone, not for a file"
+        )
+    return config
 
 
 def load_yaml(path: Path) -> dict:
-    """Raises ValueError for what is no file, no YAML or no mapping."""
+    """Plain settings: a few lines cannot stand for gigabytes.
+
+    Raises:
+        ValueError: no file, no YAML or no mapping, or one with aliases or nested beyond all use.
+    """
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text()) or {}
+        text, depth = path.read_text(encoding="utf-8-sig"), 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                what = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"more than {DEEPEST} levels"
+                raise ValueError(f"{path}: expected settings without aliases, in a few levels, got {what}")
+        found = yaml.safe_load(text) or {}
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {str(error)[:300]}") from None
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(found).__name__}")
     return found
@@ -419,7 +441,11 @@ def _adapter(kind: type):
 
 
 def _merged(old: dict, new: dict) -> dict:
-    return old | {
-        key: _merged(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
-        for key, value in new.items()
-    }
+    """`old` with the leaves of `new`, "~" at their beginning expanded."""
+
+    def merged(key: str, value: object) -> object:
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            return _merged(old[key], value)
+        return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value
+
+    return old | {key: merged(key, value) for key, value in new.items()}

@@ -27,9 +27,11 @@ class Log:
         if accelerator.is_main_process:
             config.output.mkdir(parents=True, exist_ok=True)
             write_yaml(config, config.output / "config.yaml")
-            # What an interrupted run logged after its last checkpoint comes again; a line may be cut short.
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            # What an interrupted run logged after its last checkpoint comes again.
+            lines, torn = read_log(self.path)
+            if torn:
+                tell(f"{self.path}: left out {torn} damaged line{'s' if torn > 1 else ''}")
+            kept = [json.dumps(line) for line in lines if line["step"] <= step]
             write_whole(self.path, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
         if config.tracker != "none":
             flat = {k: v for k, v in to_dict(config).items() if isinstance(v, (int, float, str, bool))}
@@ -90,11 +92,27 @@ def tell(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+def read_log(path: Path) -> tuple[list[dict[str, float]], int]:
+    """The lines of a log, and the number of those that a full disk or a power cut damaged."""
+    lines, torn = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            sound = isinstance(line, dict) and "step" in line and all(type(x) in (int, float) for x in line.values())
+        except ValueError:
+            sound = False
+        if sound:
+            lines.append(line)
+        else:
+            torn += 1
+    return lines, torn
+
+
 def plot(log: Path, target: Path) -> None:
     """Every logged value over the steps."""
     import matplotlib.figure
 
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines, _ = read_log(log)
     names = [name for name in dict.fromkeys(key for line in lines for key in line) if name != "step"]
     if not names:
         return

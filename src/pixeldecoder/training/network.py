@@ -7,7 +7,7 @@ from typing import Any
 from pixeldecoder.convert import load_folder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import PixelDecoderPipeline
-from pixeldecoder.training.config import Lora, Run
+from pixeldecoder.training.config import Lora, Run, load_yaml
 
 LORA_TARGETS = {
     "backbone": r"(patch_blocks|pixel_blocks)\.\d+\.(attn\.(to_qkv|to_out|add_qkv|to_add_out)|compress|expand"
@@ -66,19 +66,14 @@ def read_architecture(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: unreadable, or an argument that does not exist.
     """
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML or JSON: {error}") from None
+    found = load_yaml(path)  # JSON is YAML
     known = inspect.signature(PixelDecoderTransformer2DModel.__init__).parameters
-    if not isinstance(found, dict) or (unknown := [k for k in found if k not in known and k[:1] != "_"]):
+    found = {key: value for key, value in found.items() if str(key)[:1] != "_" and key != "auto_map"}
+    if unknown := [str(key) for key in found if key not in known]:
         raise ValueError(
-            f"{path}: expected arguments of the network ({', '.join(list(known)[1:])})"
-            + (f", got {', '.join(unknown)}" if isinstance(found, dict) else "")
+            f"{path}: expected arguments of the network ({', '.join(list(known)[1:])}), got {', '.join(unknown)[:200]}"
         )
-    return {key: value for key, value in found.items() if key[:1] != "_"}
+    return found
 
 
 def add_lora(model: PixelDecoderTransformer2DModel, lora: Lora) -> None:
