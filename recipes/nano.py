@@ -41,15 +41,16 @@ from torch import nn
 from tqdm import tqdm
 
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
-from pixeldecoder.files import to_tensor, write_folder, write_whole
+from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
 from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import UNREADABLE, Folder, shrink
+from pixeldecoder.pictures import UNREADABLE, shrink, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.presets import NANO as NANO_FOLDER
+from pixeldecoder.sources import Folder
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Conditioned, Data, Optimizer
 from pixeldecoder.training.data import Batch

@@ -20,10 +20,9 @@ from diffusers import FlowMatchLCMScheduler
 from PIL import Image
 
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
-from pixeldecoder.files import to_tensor
 from pixeldecoder.flow import SampleRandom, add_noise
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import SUFFIXES, shrink
+from pixeldecoder.pictures import SUFFIXES, shrink, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.training.config import Data, Optimizer, Prior, Student, Teacher
 from pixeldecoder.training.loop import train

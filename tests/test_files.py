@@ -140,7 +140,7 @@ def test_pictures_that_are_none():
     os.mkdir("folder.png")
     for name in "text.png", "empty.jpg":
         for read in pictures.read, pictures.size:
-            with pytest.raises(ValueError, match=f"{name}: not a picture of a known format"):
+            with pytest.raises(ValueError, match=f"{name}: not a readable image"):
                 read(Path(name))
     for name in "none.png", "folder.png":
         with pytest.raises(ValueError, match=f"{name}: no such file"):

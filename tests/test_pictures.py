@@ -15,8 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from pixeldecoder import pictures
 
-CASES = Path(__file__).parents[2] / "shared" / "cases"
-shared = pytest.mark.skipif(not CASES.is_dir(), reason="needs the shared cases")
+CASES = Path(__file__).parent / "cases"
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
@@ -34,7 +33,6 @@ def rgb(source) -> np.ndarray:
     return np.asarray(pictures.read(source).rgb).astype(int)
 
 
-@shared
 def test_orientation_of_a_phone():
     path = CASES / "exif_orientation6_96x64.jpg"
     picture = pictures.read(path)
@@ -43,13 +41,11 @@ def test_orientation_of_a_phone():
     assert not picture.rgb.getexif()
 
 
-@shared
 def test_sixteen_bits_are_scaled():
     picture = pictures.read(CASES / "grey16_ramp_0_65535.png")
     assert np.asarray(picture.rgb).mean() == pytest.approx(127.5, abs=0.1)
 
 
-@shared
 @pytest.mark.parametrize("name", ["rgba_magenta_under_transparent.png", "palette_transparent.png"])
 def test_hidden_colours_are_not_shown(name):
     picture = pictures.read(CASES / name)
@@ -63,7 +59,6 @@ def test_hidden_colours_are_not_shown(name):
     assert enlarged.mode == "RGBA" and np.asarray(enlarged)[..., 3].min() < 8
 
 
-@shared
 def test_a_wide_gamut():
     path = CASES / "icc_wide_gamut_rgb.png"
     image = Image.open(path)
@@ -72,12 +67,11 @@ def test_a_wide_gamut():
     assert np.array_equal(rgb(path), np.asarray(expected)) and np.abs(rgb(path) - np.asarray(image)).max() > 3
 
 
-@shared
 def test_ghostscript_is_never_started(monkeypatch):
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("started"))
-    path = CASES / "hostile" / "postscript.png"
+    path = CASES / "postscript.png"
     for function in pictures.read, pictures.size:
-        with pytest.raises(ValueError, match=r"postscript.png: not a picture of a known format \(png, jpg, "):
+        with pytest.raises(ValueError, match=r"postscript.png: .*not a picture of a known format \(png, jpg, "):
             function(path)
 
 
@@ -86,9 +80,7 @@ def test_ghostscript_is_never_started(monkeypatch):
 def test_every_orientation(orientation, width, height, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = stored(
-        Image.fromarray(noise(height, width, 3)), format, exif=exif, **{"lossless": True} * (format == "WEBP")
-    )
+    data = stored(Image.fromarray(noise(height, width, 3)), format, exif=exif, lossless=True)
     expected = Image.open(io.BytesIO(data))
     expected.load()
     expected = ImageOps.exif_transpose(expected).convert("RGB")
@@ -207,7 +199,7 @@ def test_damaged_files(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(stored(Image.fromarray(noise(64, 64, 3)))[:3000])
     assert pictures.size(path) == (64, 64)  # which its head tells
-    with pytest.raises(ValueError, match=r"a.png: not a readable picture \("):
+    with pytest.raises(ValueError, match=r"a.png: not a readable image \("):
         pictures.read(path)
     with pytest.raises(ValueError, match=r"b.png: no such file"):
         pictures.read(tmp_path / "b.png")

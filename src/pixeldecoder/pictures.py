@@ -106,7 +106,7 @@ def _opened(source: Path | bytes, name: object) -> Iterator[Image.Image]:
             opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         except UnidentifiedImageError:
             known = ", ".join(suffix[1:] for suffix in SUFFIXES)
-            raise ValueError(f"not a picture of a known format ({known})") from None
+            raise ValueError(f"not a readable image: not a picture of a known format ({known})") from None
         with opened:
             yield opened
 
@@ -124,7 +124,7 @@ def _named(name: object) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{before}{error}") from None
     except Exception as error:  # each format has its own
-        raise ValueError(f"{before}not a readable picture ({error})") from None
+        raise ValueError(f"{before}not a readable image ({error})") from None
 
 
 @cache

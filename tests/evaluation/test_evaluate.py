@@ -223,17 +223,28 @@ def test_options_arrive(parts, finished, tmp_path):
         assert pair[0].read_bytes() != pair[1].read_bytes()
 
 
-def test_names_that_would_mix(parts, finished, tmp_path, capsys):
-    shutil.copytree(parts / "decoder", tmp_path / "other" / "decoder")
-    output = tmp_path / "out"
-    names = ("decoder", str(tmp_path / "other" / "decoder"))
-    assert evaluate(parts, output, "--limit", 1, decoders=names) == 2
-    assert 'other/decoder, would both be called "decoder, 4 steps, sigma 0"' in capsys.readouterr().err
-    assert not output.exists()
-    shutil.copytree(finished, output)
-    assert evaluate(parts, output, *common(parts), "--steps", 1, decoders=names[1:]) == 2
-    assert "would both be called" in capsys.readouterr().err
-    assert table(output) == table(finished)
+def test_decoders_of_one_name(parts, finished, tmp_path):
+    """Each has its own folder and row; that of a folder that is gone on with keeps its name."""
+    other = tmp_path / "other" / "decoder"
+    pipeline = PixelDecoderPipeline.from_pretrained(parts / "decoder")
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
+    pipeline.save_pretrained(other)
+    arguments = ("--crop", CROP, "--limit", 1, "--steps", 1, "--metrics", "psnr", "--baselines")
+    for names, output in (("decoder", str(other)), tmp_path / "both"), ((str(other),), tmp_path / "alone"):
+        assert evaluate(parts, output, *arguments, decoders=names) == 0
+    one, two = table(tmp_path / "both")
+    (alone,) = table(tmp_path / "alone")
+    assert [row["method"] for row in (one, two)] == [str(parts / "decoder"), str(other)]
+    assert two["psnr"] == alone["psnr"] != one["psnr"]
+    folders = {"decoder_1_step_sigma_0", "other_decoder_1_step_sigma_0"}
+    assert {path.name for path in (tmp_path / "both" / "images").iterdir()} == folders | {"truth"}
+    report = (tmp_path / "both" / "report.md").read_text()
+    assert "| decoder, 1 step, sigma 0 |" in report and "| other/decoder, 1 step, sigma 0 |" in report
+    shutil.copytree(finished, tmp_path / "more")
+    before = [{**row} for row in table(finished)]
+    assert evaluate(parts, tmp_path / "more", *common(parts), "--steps", 1, decoders=(str(other),)) == 0
+    after = table(tmp_path / "more")
+    assert [row for row in after if row["method"] != str(other)] == before and len(after) > len(before)
 
 
 def test_each_decoder_is_loaded_once_and_alone(parts, tmp_path, monkeypatch):

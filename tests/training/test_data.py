@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import re
+import shutil
 import tarfile
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -22,6 +25,8 @@ from pixeldecoder.training.data import batches, batches_in_memory, bucket_sizes,
 from pixeldecoder.training.distill import StudentStage
 from pixeldecoder.training.teacher import TeacherStage
 from training.conftest import write_photos
+
+CASES = Path(__file__).parents[1] / "cases"
 
 
 def take(count, *args, **kwargs):
@@ -349,3 +354,93 @@ def test_a_crop_is_shrunk_until_it_just_covers(size, covering, corner):
     expected = record.open().resize(covering, Image.Resampling.BICUBIC)
     expected = expected.crop((*corner, corner[0] + 32, corner[1] + 32))
     assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("captions_blank_line.jsonl", {"a.png": "x", "b.png": "y"}),
+        ("captions_utf8_bom.csv", {"a.png": "a cat"}),
+        ("cap_excel_bom.csv", {"0.png": "a"}),
+        ("cap_blank_last_line.jsonl", {"0.png": "a"}),
+        ("cap_CSV_upper.CSV", {"0.png": "a"}),
+    ],
+)
+def test_captions_as_people_have_them(tmp_path, name, expected):
+    for file in expected:
+        Image.new("RGB", (64, 64)).save(tmp_path / file)
+    folder = Folder(tmp_path, CASES / name)
+    assert {record.name: record.caption for record in folder.items} == expected
+
+
+@pytest.mark.parametrize("name", ["cap_deep.jsonl", "cap_long_field.csv", "cap_missing.csv", "nowhere.csv"])
+def test_captions_that_cannot_be_read(tmp_path, name):
+    write_photos(tmp_path, 1)
+    with pytest.raises(ValueError, match=re.escape(name)) as error:
+        Folder(tmp_path, CASES / name)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+def test_rows_without_a_text(tmp_path, caplog):
+    """They are skipped, counted and named, and so are names that no picture has; none becomes the word "None"."""
+    write_photos(tmp_path / "photos", 5)
+    rows = [("0.png", "a cat"), ("1.png", None), ("2.png", 5), ("3.png", ["a"]), ("B.png", "b"), ("missing.png", "c")]
+    table = tmp_path / "captions.jsonl"
+    table.write_text("\n".join(json.dumps({"file_name": name, "text": text}) for name, text in rows))
+    with caplog.at_level("WARNING"):
+        folder = Folder(tmp_path / "photos", table)
+    assert [(record.name, record.caption) for record in folder.items] == [("0.png", "a cat")]
+    assert list(folder.skipped.reasons) == ["1.png", "2.png", "3.png"]
+    assert "2 of its names are no pictures" in caplog.text and "B.png, missing.png" in caplog.text
+
+
+def test_texts_beside_pictures(tmp_path):
+    write_photos(tmp_path, 3)
+    (tmp_path / "0.txt").write_bytes("\ufeffa cat\n".encode())
+    shutil.copy(CASES / "caption_latin1.txt", tmp_path / "1.txt")
+    folder = Folder(tmp_path)
+    assert [(record.name, record.caption) for record in folder.items] == [("0.png", "a cat"), ("2.png", "")]
+    assert "1.txt: expected text in UTF-8" in folder.skipped.reasons["1.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("shard_caption_null.tar", '"caption" is None: expected a text'),
+        ("shard_json_is_list.tar", 'expected an object with "caption", got'),
+        ("json_list.tar", 'expected an object with "caption", got'),
+        ("deep_json.tar", "too deep to be read"),
+        ("traversal.tar", "leads out"),
+    ],
+)
+def test_samples_that_are_skipped(name, reason):
+    shards = Shards(str(CASES / name))
+    try:
+        captions = [record.caption for record in shards.once()]
+    except ValueError as error:
+        captions = []
+        assert "no usable picture" in str(error)
+    assert any(reason in text for text in shards.skipped.reasons.values()), shards.skipped.reasons
+    assert not {"None", "null", "[]"} & set(captions)
+
+
+def test_what_is_hidden_or_made_is_no_source(tmp_path):
+    write_photos(tmp_path, 2)
+    write_photos(tmp_path / "run" / "validation", 1)
+    (tmp_path / "._0.png").write_bytes(b"AppleDouble")
+    (tmp_path / "album.png").mkdir()
+    assert [record.name for record in Folder(tmp_path, output=tmp_path / "run").items] == ["0.png", "1.png"]
+
+
+def test_a_thin_picture_is_left_out():
+    image = CASES / "thin_2x3000.png"
+    assert bucket(Image.open(image).size, [(64, 64), (32, 128)]) is None
+
+
+def test_pictures_are_upright_in_srgb_and_on_white(tmp_path):
+    for name in "exif_orientation6_96x64.jpg", "rgba_magenta_under_transparent.png", "grey16_ramp_0_65535.png":
+        shutil.copy(CASES / name, tmp_path)
+    turned, grey, flat = Folder(tmp_path).items
+    assert turned.size == turned.open().size == (64, 96)
+    assert np.asarray(grey.open()).mean() == pytest.approx(127.5, abs=0.1)
+    assert np.asarray(flat.open()).reshape(-1, 3).max(0).tolist() == [255, 255, 255]

@@ -5,8 +5,8 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,24 @@ class Setting:
     """Noise level that the decoder is told, if it is not the true one."""
     stop: str | None = None
     """Where the latent model stops, as `partly_denoise` takes it."""
+    label: str = field(default="", compare=False)
+    """How the tables call the method, if not by the last part of its path: another one has that name."""
+
+    def labels(self) -> Iterator[str]:
+        """Names of the method, each by one more part of its path."""
+        kind, _, path = self.method.rpartition(":")
+        if not self.method.startswith(("upscale:", "spandrel:")):
+            kind, path = "", self.method
+        if self.method == "vae":
+            yield "VAE + bicubic"
+        parts = Path(path).parts
+        for count in range(1, len(parts) + 1):
+            name = Path(*parts[-count:])
+            yield f"VAE + {name.with_suffix('')}" if kind else str(name)
 
     def __str__(self) -> str:
-        kind, _, name = (
-            self.method.rpartition(":") if self.method.startswith(("upscale:", "spandrel:")) else ("", "", "")
-        )
         parts = [
-            f"VAE + {Path(name).stem}" if kind else {"vae": "VAE + bicubic"}.get(self.method, Path(self.method).name),
+            self.label or next(self.labels()),
             None if self.steps is None else f"{self.steps} step{'s' * (self.steps != 1)}",
             None if self.sigma is None else f"sigma {self.sigma:g}",
             None if self.told is None else f"told {self.told:g}",

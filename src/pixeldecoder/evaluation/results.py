@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +65,24 @@ def open_results(
     before = list(dict.fromkeys([*finished, *(setting for setting, _ in rows)]))
     # As the tables had them, then what is new; baselines first.
     every = sorted(dict.fromkeys([*finished, *settings, *before]), key=lambda setting: setting.steps is not None)
-    folders: dict[str, Setting] = {}
-    for setting in every:
-        other = folders.setdefault(slug(str(setting)), setting)
-        if other != setting:
-            raise ValueError(
-                f'two settings, of {other.method} and of {setting.method}, would both be called "{setting}" in the '
-                f"tables of {output}: rename one, or take another folder"
-            )
+    every = _told_apart(every, before)
     if before:
         added = [setting for setting in settings if setting not in before]
         tell(f"{output} holds {'; '.join(map(str, before))}")
         tell(f"this run adds {'; '.join(map(str, added)) or 'no setting'}")
     return Results(output, study, rows, every, process)
+
+
+def _told_apart(settings: list[Setting], before: list[Setting]) -> list[Setting]:
+    """Each method by a name of its own, which a folder keeps: of two alike the later one with more of its path."""
+    labels: dict[str, str] = {}
+    for setting in [*before, *settings]:
+        taken = {slug(label) for label in labels.values()}
+        if setting.method not in labels:
+            names = [setting.label] if setting.label else setting.labels()
+            label = next((name for name in names if slug(name) not in taken), setting.method)
+            labels[setting.method] = label if slug(label) not in taken else f"{label} {len(labels) + 1}"
+    return [replace(setting, label=labels[setting.method]) for setting in settings]
 
 
 def write_results(
@@ -107,7 +112,7 @@ def write_results(
     metrics = [name for name in better if any(name in row for row in rows.values())]
     order = {setting: index for index, setting in enumerate(results.settings)}
     chosen = sorted((key for key in rows if key[0] in order), key=lambda key: (order[key[0]], key[1]))
-    columns = ["image", "file", *Setting.__dataclass_fields__, "seed", "crop", "scale", *metrics, "seconds"]
+    columns = ["image", "file", *_FIELDS, "seed", "crop", "scale", *metrics, "seconds"]
 
     def write(path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -215,12 +220,13 @@ def read_rows(output: Path, unreadable: dict[str, str] | None = None) -> dict[tu
     return rows
 
 
-_NO_METRICS = {"image", "file", *Setting.__dataclass_fields__}
+_FIELDS = [name for name in Setting.__dataclass_fields__ if name != "label"]
+_NO_METRICS = {"image", "file", *_FIELDS, "label"}
 
 
 def _setting(content: dict[str, Any]) -> Setting:
     """Raises KeyError or TypeError for what is no setting."""
-    setting = Setting(**{name: content[name] for name in Setting.__dataclass_fields__})
+    setting = Setting(**{name: content[name] for name in _FIELDS}, label=str(content.get("label", "")))
     numbers = isinstance(setting.steps, int | None) and _is_number(setting.sigma) and _is_number(setting.told)
     if not (isinstance(setting.method, str) and isinstance(setting.stop, str | None) and numbers):
         raise TypeError(f"no setting: {content}")

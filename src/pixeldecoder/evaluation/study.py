@@ -132,6 +132,8 @@ class Study:
         cases = list_cases(self.source, 16 * scale, self.output)
         settings = [setting for settings, _ in methods for setting in settings]
         results = open_results(self.output, self._identity(scale), settings, self.state.process_index, self._tell)
+        named = {setting: setting for setting in results.settings}
+        methods = [([named[setting] for setting in settings], load) for settings, load in methods]
         self.state.wait_for_everyone()  # all have read it, before one writes
         scores, sets, skipped = self._load_metrics(metrics)
         if self.state.is_main_process:
