@@ -40,10 +40,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
 from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
-from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel

@@ -372,7 +372,7 @@ def test_sizes_of_memory(size):
     cli.options.check_memory(size)
 
 
-@pytest.mark.parametrize("size", ["", "0", "0.0GB", "GB", "6 GB", "1.5", "-1GB", "6G", "6TB"])
+@pytest.mark.parametrize("size", ["", "0", "0.0GB", "GB", "1.5", "-1GB", "6TB"])
 def test_what_is_no_size_of_memory(size):
     with pytest.raises(ValueError, match="expected bytes"):
         cli.options.check_memory(size)

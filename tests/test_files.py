@@ -184,3 +184,23 @@ def test_whole_numbers_become_real_ones():
     torch.save({"z": torch.ones(2, 3, 4, dtype=torch.float16)}, "z.pt")
     for name in "z.npy", "z.pt":
         assert files.load_latents(Path(name)).tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        *((text, 2 * 10**9) for text in ("2gb", "2GB", "2Gb", "2G", "2g", "2 GB", " 2 gb ", "2000MB", "2000000000")),
+        *((text, 2**31) for text in ("2GiB", "2 gib", "2Gi", "2048MiB")),
+        ("1.5k", 1500), (".5GB", 5 * 10**8), (7, 7),
+    ],
+)  # fmt: skip
+def test_sizes_mean_what_people_think(size, count):
+    assert files.parse_size(size) == count
+
+
+@pytest.mark.parametrize(
+    "size", ["", "0", "0GB", "-1GB", "6XB", "GB", "1e999GB", "6 G B", "1,5GB", "nan", 1.5, -1, True]
+)
+def test_what_is_no_size(size):
+    with pytest.raises(ValueError, match=r'expected bytes, or a size such as "6GB"$'):
+        files.parse_size(size)

@@ -11,8 +11,9 @@ from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVi
 
 from conftest import Golden, golden_parameter
 from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.autoencoders import load_autoencoder, load_image_encoder
 from pixeldecoder.flow import add_noise
-from pixeldecoder.latents import SPACES, find_latent_space, load_autoencoder, load_image_encoder
+from pixeldecoder.latents import SPACES, find_latent_space
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -203,7 +204,7 @@ def test_a_latent_space_by_name(tmp_path, monkeypatch):
     vae = tiny_kl(scaling_factor=2.0)
     vae.save_pretrained(tmp_path / "vae")
     asked = []
-    monkeypatch.setattr("pixeldecoder.latents.download", lambda name, patterns: asked.append(name) or tmp_path)
+    monkeypatch.setattr("pixeldecoder.autoencoders.download", lambda name, patterns: asked.append(name) or tmp_path)
     mean = vae.encode(IMAGE).latent_dist.mean
     for name, space in SPACES.items():
         torch.testing.assert_close(load_image_encoder(name)(IMAGE), 2 * mean)

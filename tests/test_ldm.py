@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -16,10 +17,12 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     QwenImageEditPipeline,
     QwenImagePipeline,
@@ -32,7 +35,8 @@ from PIL import Image
 from conftest import Golden
 from families import FAMILIES, SIZE, build, kl, save_gemma, sdxl, z_image
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.latents import SPACES, encode, find_latent_space, normalise, unpack
+from pixeldecoder.autoencoders import encode
+from pixeldecoder.latents import SPACES, find_latent_space, normalise, unpack
 from pixeldecoder.ldm import (
     decoder_seed,
     generate,
@@ -219,6 +223,67 @@ def test_frames_of_schedulers(scheduler):
     assert signal_and_noise(scheduler, len(scheduler.timesteps)) == pytest.approx((1, 0), abs=0.05)
 
 
+SECOND_ORDER = [
+    HeunDiscreteScheduler(**BETAS),
+    HeunDiscreteScheduler(**BETAS, use_karras_sigmas=True),
+    KDPM2DiscreteScheduler(**BETAS),
+    FlowMatchHeunDiscreteScheduler(shift=3.0),
+]
+"""Of two calls to a step."""
+
+
+@pytest.mark.parametrize("scheduler", SECOND_ORDER, ids=lambda scheduler: type(scheduler).__name__)
+def test_noise_after_half_a_step(scheduler):
+    """Between the two calls, too: told the true noise, or velocity, a solver stays on the straight line."""
+    flow = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
+    scheduler.set_timesteps(10)
+    z, noise = torch.randn(1, 4, 2, 2, generator=seeded(1)), torch.randn(1, 4, 2, 2, generator=seeded(2))
+    x, levels = noise if flow else z + noise * scheduler.sigmas[0], []
+    for index, timestep in enumerate(scheduler.timesteps):
+        x = scheduler.step(noise - z if flow else noise, timestep, x)[0]
+        signal, s = signal_and_noise(scheduler, index + 1)
+        torch.testing.assert_close(signal * z + s * noise, x, rtol=1e-4, atol=1e-4)
+        levels.append(s)
+    assert len(levels) == 19 and levels[-1] == 0 and levels[0] > levels[3] > levels[5] > 0
+
+
+@pytest.mark.parametrize("scheduler", SECOND_ORDER[:3], ids=lambda scheduler: type(scheduler).__name__)
+def test_a_step_is_what_people_asked_for(scheduler):
+    """And so as noisy as after the same step of a scheduler of one call to a step."""
+    pipe = sdxl(scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = dict(prompt="a cat", num_inference_steps=6, **SIZE)
+    karras = dict(use_karras_sigmas=True) if scheduler.config.use_karras_sigmas else {}
+    euler = EulerDiscreteScheduler(**BETAS, timestep_spacing=scheduler.config.timestep_spacing, **karras)
+    euler.set_timesteps(6)
+    for stop in 3, 0.5, 5, None:
+        taken = partly_denoise(pipe, stop, **kwargs, generator=seeded())
+        step = {0.5: 3, None: 6}.get(stop, stop)
+        sigma = euler.sigmas[step].item()
+        assert (taken.step, taken.steps) == (step, 6)
+        assert taken.sigma == pytest.approx(sigma / math.hypot(1, sigma), rel=1e-3)
+    own = pipe(**kwargs, generator=seeded(), output_type="latent")[0]
+    torch.testing.assert_close(taken.latents, own, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="makes only 6 steps"):
+        partly_denoise(pipe, 7, **kwargs)
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(**BETAS), HeunDiscreteScheduler(**BETAS)])
+def test_a_run_may_end_early(scheduler):
+    """What SDXL leaves to its refiner is decoded as it is."""
+    pipe = sdxl(scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = dict(prompt="a cat", num_inference_steps=8, denoising_end=0.7, **SIZE)
+    own = pipe(**kwargs, generator=seeded(), output_type="latent")[0]
+    for stop in None, "auto", 1.0:
+        taken = partly_denoise(pipe, stop, **kwargs, generator=seeded())
+        assert 4 < taken.step == taken.steps < 8 and 0.2 < taken.sigma < 1
+        torch.testing.assert_close(taken.latents, own * math.sqrt(1 - taken.sigma**2), rtol=1e-3, atol=1e-3)
+    assert partly_denoise(pipe, 2, **kwargs).step == 2
+    with pytest.raises(ValueError, match=rf"makes only {taken.steps} steps"):
+        partly_denoise(pipe, 7, **kwargs)
+
+
 def test_other_schedulers_end_in_the_same_frame():
     for scheduler in (DPMSolverMultistepScheduler(**BETAS), DDIMScheduler(**BETAS, clip_sample=False)):
         torch.manual_seed(0)
@@ -318,8 +383,17 @@ def test_generate_several(tmp_path):
     assert alone.taken.images is None
     difference = torch.tensor(list(alone.images[0].getdata())) - torch.tensor(list(both.images[1].getdata()))
     assert difference.abs().max() <= 2
-    with pytest.raises(ValueError, match="one for each of 2 images, got 3"):
-        generate(pipe, decoder, ["a", "b"], seed=[1, 2, 3], **kwargs)
+    arrays = dict(num_inference_steps=1, output_type="np")
+    (array,) = generate(pipe, decoder, "a cat", seed=4, **kwargs | {"decoder_kwargs": arrays}, **SIZE).images
+    assert abs(array * 255 - np.asarray(alone.images[0])).max() <= 0.51
+    numpys = generate(pipe, decoder, "a cat", seed=np.int64(4), **kwargs, **SIZE)
+    assert list(numpys.images[0].getdata()) == list(alone.images[0].getdata())
+    for seed in [1, 2, 3], 1.5, "12", ["a", "b"], np.zeros(2):
+        with pytest.raises(ValueError, match="expected one seed, or one for each of 2 images, whole numbers, got "):
+            generate(pipe, decoder, ["a", "b"], seed=seed, **kwargs)
+    for name, value in dict(sigma=0.1, latents=None, steps=2).items():
+        with pytest.raises(ValueError, match=f"^decoder_kwargs: {name}: expected some of .*num_inference_steps"):
+            generate(pipe, decoder, "a", **kwargs | {"decoder_kwargs": {name: value}})
 
 
 def test_noise_of_the_decoder_is_not_the_latent_models():

@@ -14,10 +14,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _check_att
 from diffusers.utils import logging
 from torch import nn
 
+from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.errors import blaming
 from pixeldecoder.files import Naming
 from pixeldecoder.hub import cache_folder, download, unreachable
-from pixeldecoder.latents import SPACES, load_image_encoder
+from pixeldecoder.latents import SPACES
 from pixeldecoder.models.layers import PatchBlock
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import PixelDecoderPipeline

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import zipfile
 import zlib
@@ -242,6 +243,19 @@ def check_image_size(path: Path, width: int, height: int) -> None:
     largest = LARGEST_SIDE.get(path.suffix.lower())
     if largest is not None and max(width, height) > largest:
         raise ValueError(f"{path}: {path.suffix} holds at most {largest} px a side, not {width} x {height}: use .png")
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes, of their number or of "6GB", "6 gb", "6G" (10^9 each) or "6GiB" (2^30), in whatever case.
+
+    Raises:
+        ValueError: anything else, or nothing.
+    """
+    match = re.fullmatch(r"(?:(\d+)|(\d*\.?\d+)\s*([KMG])(I?)B?)", str(size).strip(), re.IGNORECASE | re.ASCII)
+    unit = (1024 if match[4] else 1000) ** (1 + "KMG".index(match[3].upper())) if match and match[3] else 1
+    if isinstance(size, bool) or match is None or (count := int(float(match[1] or match[2]) * unit)) < 1:
+        raise ValueError(f'{size}: expected bytes, or a size such as "6GB"')
+    return count
 
 
 def save_image(image: Image.Image, path: Path, made: Mapping[str, Any] | None = None) -> None:

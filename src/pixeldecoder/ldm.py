@@ -3,8 +3,9 @@
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from pixeldecoder.pipeline import PixelDecoderPipeline
 
 PER_IMAGE = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "generator", "noise")
 """Arguments of a decoder's call of which each image may have its own."""
+OURS = {"self", "latents", "sigma", "height", "width", "denormalized"}
+"""Arguments of a decoder's call that `generate` gives."""
 FEW_STEPS = 12
 """Up to here a run is a distilled model's, and "auto" goes to the end."""
 _STOPS = {"ZImage": 46 / 50, "Flux2Klein": 1.0}
@@ -48,7 +51,7 @@ class PartlyDenoised:
 @dataclass
 class Generated:
     images: list[Image.Image]
-    """Decoded by the pixel decoder."""
+    """Decoded by the pixel decoder; arrays or tensors if `decoder_kwargs` have another `output_type`."""
     taken: PartlyDenoised
 
 
@@ -105,9 +108,10 @@ def partly_denoise(
 
     Args:
         pipe: text to image, or another that denoises the latents of one image.
-        stop_at: a step K (int): after K steps; a share (float in (0, 1]) of the steps; "sigma=X": after the first step
-            whose noise level, in the decoder's frame, is at most X; "auto": where the paper stops this family, the end
-            for runs of up to 12 steps; `None`: the end.
+        stop_at: a step K (int): after K steps, as `num_inference_steps` counts them; a share (float in (0, 1]) of the
+            steps; "sigma=X": after the first step whose noise level, in the decoder's frame, is at most X; "auto":
+            where the paper stops this family, the end for runs of up to 12 steps; `None`: the end of the run, or its
+            `denoising_end`.
         latent_space: its name, if the autoencoder does not tell.
         finish: let the pipeline finish after all, and keep its own images.
         kwargs: everything for the pipeline's call.
@@ -120,38 +124,40 @@ def partly_denoise(
     name = type(pipe).__name__
     parameters = inspect.signature(pipe.__call__).parameters
     custom = kwargs.get("sigmas") is not None or kwargs.get("timesteps") is not None
-    if "num_inference_steps" in parameters and not custom and pipe.scheduler.order == 1:  # before anything is run
+    if "num_inference_steps" in parameters and not custom:  # before anything is run
         planned = kwargs.get("num_inference_steps", parameters["num_inference_steps"].default)
         _check_stop(kind, value, planned)
     height, width = (_side(pipe, key, kwargs) for key in ("height", "width"))
     scheduler = pipe.scheduler
     step = scheduler.step
-    calls, first = 0, 0
+    order, calls, due, whole = scheduler.order, 0, 0, 0
     taken: PartlyDenoised | None = None
 
     @functools.wraps(step)
     def step_and_look(model_output, timestep, *args, **step_kwargs):
-        nonlocal calls, first, taken
+        nonlocal calls, due, whole, taken
         result = step(model_output, timestep, *args, **step_kwargs)
         calls += 1
         index = _steps_made(scheduler, timestep)
         if calls == 1:
-            first = index - 1  # an image-to-image run starts later
-            _check_stop(kind, value, len(scheduler.timesteps) - first)
-        steps = len(scheduler.timesteps) - first
-        signal, noise = signal_and_noise(scheduler, index)
-        total = signal + noise if space.frame == "flow" else math.hypot(signal, noise)
-        if taken is None:
+            timesteps = scheduler.timesteps[index - 1 :]  # an image-to-image run starts later
+            due, whole = _calls_due(scheduler, timesteps, kwargs.get("denoising_end")), -(-len(timesteps) // order)
+            _check_stop(kind, value, -(-due // order))
+        # A step of Heun's or KDPM2's is two calls, the last one a single call.
+        if taken is None and (calls % order == 0 or calls == due):
+            made, steps = -(-calls // order), -(-due // order)
+            signal, noise = signal_and_noise(scheduler, index)
+            total = signal + noise if space.frame == "flow" else math.hypot(signal, noise)
             share = next((stop for start, stop in _STOPS.items() if name.startswith(start)), space.stop)
             last = {
                 "step": value,
                 "share": max(1, round(value * steps)),
-                "auto": steps if steps <= FEW_STEPS else round(share * steps),
-                "sigma": calls if noise / total <= value else steps,
+                "auto": min(steps, whole if whole <= FEW_STEPS else round(share * whole)),
+                "sigma": made if noise / total <= value else steps,
             }[kind]
-            if calls >= last:
+            if made >= last:
                 latents = unpack(result[0].detach(), space, height, width, getattr(pipe, "vae", None))
-                taken = PartlyDenoised(latents.float() / total, noise / total, calls, steps, space)
+                taken = PartlyDenoised(latents.float() / total, noise / total, made, steps, space)
                 if not finish:
                     raise _StopRun
         return result
@@ -165,7 +171,9 @@ def partly_denoise(
         del scheduler.step
     pipe.maybe_free_model_hooks()
     if taken is None:
-        raise ValueError(f"{name} made {calls} steps and did not come to stop_at={stop_at!r}: it cannot be stopped")
+        raise ValueError(
+            f"{name} made {-(-calls // order)} steps and did not come to stop_at={stop_at!r}: it cannot be stopped"
+        )
     taken.images = images
     return taken
 
@@ -206,10 +214,22 @@ def generate(
     per_prompt = kwargs.get("num_images_per_prompt", 1)
     count = len(prompts) * per_prompt
     decoder_kwargs = dict(decoder_kwargs or {})
+    if unknown := set(decoder_kwargs) - (
+        known := set(inspect.signature(PixelDecoderPipeline.__call__).parameters) - OURS
+    ):
+        raise ValueError(
+            f"decoder_kwargs: {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}; the rest "
+            "follows from the latent model's run"
+        )
     if seed is not None:
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != count:
-            raise ValueError(f"expected one seed, or one for each of {count} images, got {len(seeds)}")
+        seeds: list[Any] = list(seed) if isinstance(seed, Iterable) else []
+        if isinstance(seed, Integral):
+            seeds = [int(seed) + i for i in range(count)]
+        if len(seeds) != count or not all(isinstance(s, Integral) for s in seeds):
+            raise ValueError(
+                f"expected one seed, or one for each of {count} images, whole numbers, got {str(seed)[:80]}"
+            )
+        seeds = [int(s) for s in seeds]
         # On the CPU, so that a seed gives the same noise on every device.
         kwargs.setdefault("generator", [torch.Generator().manual_seed(s) for s in seeds])
         decoder_kwargs.setdefault("generator", [torch.Generator().manual_seed(decoder_seed(s)) for s in seeds])
@@ -237,7 +257,7 @@ def generate(
     images = []
     for i in range(count):  # one by one, so that memory does not grow with their number
         one = {key: values[i] for key, values in shares.items()}
-        images += decoder(taken.latents[i : i + 1], sigma=taken.sigma, **one, **decoder_kwargs)[0]
+        images.extend(decoder(taken.latents[i : i + 1], sigma=taken.sigma, **one, **decoder_kwargs)[0])
     return Generated(images, taken)
 
 
@@ -276,7 +296,9 @@ def check_decoder(decoder: PixelDecoderPipeline, space: LatentSpace) -> None:
 def signal_and_noise(scheduler: SchedulerMixin, index: int) -> tuple[float, float]:
     """(a, s): after `index` of its timesteps a scheduler's latents are a z + s noise."""
     if hasattr(scheduler, "sigmas"):
-        sigma = float(scheduler.sigmas[index])
+        # After the first of a step's two calls KDPM2 is between two sigmas.
+        between = index % 2 and hasattr(scheduler, "sigmas_interpol")
+        sigma = float((scheduler.sigmas_interpol if between else scheduler.sigmas)[index])
         config = scheduler.config
         if (
             type(scheduler).__name__.startswith("FlowMatch")
@@ -299,6 +321,14 @@ def _steps_made(scheduler: SchedulerMixin, timestep: torch.Tensor | float) -> in
     if index is None:
         index = int((scheduler.timesteps == torch.as_tensor(timestep).to(scheduler.timesteps)).nonzero()[0]) + 1
     return int(index)
+
+
+def _calls_due(scheduler: SchedulerMixin, timesteps: torch.Tensor, denoising_end: float | None) -> int:
+    """How many of these timesteps a run makes: without those that SDXL's `denoising_end` leaves to a refiner."""
+    if denoising_end is not None and 0 < denoising_end < 1:
+        total = scheduler.config.num_train_timesteps
+        timesteps = timesteps[timesteps >= round(total - denoising_end * total)]
+    return len(timesteps)
 
 
 def _check_stop(kind: str, value: float, steps: int) -> None:

@@ -25,16 +25,11 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pixeldecoder
+from pixeldecoder.autoencoders import ImageEncoder, encode
 from pixeldecoder.convert import check_arguments, load_reference_model, pipeline_settings
 from pixeldecoder.flow import add_noise
 from pixeldecoder.hub import download, unreachable
-from pixeldecoder.latents import (
-    SPACES,
-    ImageEncoder,
-    encode,
-    normalise,
-    unpack_tokens,
-)
+from pixeldecoder.latents import SPACES, normalise, unpack_tokens
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -96,7 +91,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         license: of the weights, which is printed once when they are loaded.
         trained_size: side in pixels of the largest square image that the network is made for; larger ones are tiled.
         default_negative_prompt: what guidance leads away from where no negative prompt is given.
-        encoder_name: what made the latents in training, as `pixeldecoder.latents.load_image_encoder` takes it; the
+        encoder_name: what made the latents in training, as `pixeldecoder.autoencoders.load_image_encoder` takes it; the
             command uses it where there is no `encoder`.
 
     Attributes:
@@ -422,7 +417,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             image: a picture in any mode (what is transparent is taken on white), or a tensor (B, 3, H, W) in [-1, 1];
                 sides that are no multiples of a latent cell are
                 padded by repeating the edge.
-            encoder: of the decoder's latent space, from `pixeldecoder.latents.load_image_encoder`; by default the
+            encoder: of the decoder's latent space, from `pixeldecoder.autoencoders.load_image_encoder`; by default the
                 pipeline's own.
 
         Returns:

@@ -12,10 +12,10 @@ from typing import Literal
 
 import psutil
 import torch
-from accelerate.utils import convert_file_size_to_int
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
+from pixeldecoder.files import parse_size
 from pixeldecoder.models.layers import attention
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.tiling import Tiles, cut
@@ -53,7 +53,7 @@ class Limits:
     chunk_size: int | None = None
     """Patches at a time, apart from attention; by default what suits the device, fewer if memory is short."""
     max_memory: int | str | None = None
-    """Bytes, or a string such as "6GB", that all of it may take; by default what is free."""
+    """Bytes, or a string such as "6GB" or "6GiB", that all of it may take; by default what is free."""
 
     def __post_init__(self) -> None:
         for name in ("tile_size", "tile_overlap", "chunk_size"):
@@ -170,12 +170,9 @@ def memory_budget(device: torch.device, max_memory: int | str | None = None) -> 
     """
     if max_memory is not None:
         try:
-            budget = convert_file_size_to_int(int(max_memory) if str(max_memory).isdecimal() else max_memory)
-        except ValueError:
-            raise ValueError(f'max_memory {max_memory!r}: expected bytes, or a size such as "6GB"') from None
-        if budget <= 0:
-            raise ValueError(f"max_memory {max_memory!r}: expected more than nothing")
-        return budget
+            return parse_size(max_memory)
+        except ValueError as error:
+            raise ValueError(f"max_memory {error}") from None
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -20,9 +20,9 @@ from PIL import Image
 from conftest import TINY
 from families import save_gemma
 from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
+from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.cli import main
 from pixeldecoder.execution import image_encoder
-from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.pictures import to_image
 from pixeldecoder.plan import measured_peak
 from pixeldecoder.training import data as data_module

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -323,8 +322,12 @@ def check_positive(**options: int | None) -> None:
 
 
 def check_memory(size: str) -> None:
-    if not re.fullmatch(r"\d+|\d*\.?\d+[KMG]i?B", size, re.IGNORECASE) or not re.search("[1-9]", size):
-        raise ValueError(f'--max-memory {size}: expected bytes, or a size such as "6GB"')
+    from pixeldecoder.files import parse_size
+
+    try:
+        parse_size(size)
+    except ValueError as error:
+        raise ValueError(f"--max-memory {error}") from None
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors.torch import load_file
 
+from pixeldecoder.autoencoders import decode, encode
 from pixeldecoder.convert import read_reference
 from pixeldecoder.errors import require
 from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
-from pixeldecoder.latents import SPACES, decode, encode
+from pixeldecoder.latents import SPACES
 from pixeldecoder.pictures import SUFFIXES, read, to_image, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline, file_settings
 from pixeldecoder.presets import HUB_REPOSITORY, NANO, PRESETS

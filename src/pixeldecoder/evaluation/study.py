@@ -16,6 +16,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from pixeldecoder.autoencoders import load_autoencoder
 from pixeldecoder.errors import require
 from pixeldecoder.evaluation.cases import Cases, Source, cut_truths, list_cases, opened
 from pixeldecoder.evaluation.methods import (
@@ -34,7 +35,6 @@ from pixeldecoder.evaluation.results import Results, image_path, is_whole, open_
 from pixeldecoder.evaluation.sets import compare_sets
 from pixeldecoder.files import save_image, write_whole
 from pixeldecoder.flow import Frame
-from pixeldecoder.latents import load_autoencoder
 from pixeldecoder.ldm import partly_denoise
 from pixeldecoder.pictures import read, to_image, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.flow import SampleRandom, add_noise
-from pixeldecoder.latents import load_image_encoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import shrink
 from pixeldecoder.text import PromptEncoder

@@ -1,0 +1,171 @@
+"""Pictures in, normalised latents (B, C, h, w) out, and back, by the autoencoder of each latent space."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from pixeldecoder.hub import download, is_hub_id
+from pixeldecoder.latents import SPACES, flux2_statistics, normalise_flux2
+from pixeldecoder.models.encoder import TinyLatentEncoder
+from pixeldecoder.presets import NANO
+
+ImageEncoder = Callable[[torch.Tensor], torch.Tensor]
+"""Image (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, H/f, W/f)."""
+
+
+def load_image_encoder(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ImageEncoder:
+    """A frozen encoder.
+
+    Args:
+        name: "nano" (the bundled encoder), a latent space by name (its usual autoencoder), a folder or Hub id of one of
+            diffusers' autoencoders (of a whole pipeline too), or "module:function", a callable of your own that maps
+            images to normalised latents.
+
+    Raises:
+        ValueError: no such encoder, or an autoencoder whose normalisation is not known.
+    """
+    if ":" in name and not Path(name).exists():
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f'encoder "{name}": expected "module:function" that can be imported: {error}') from None
+    if name == "nano":
+        model = TinyLatentEncoder.from_pretrained(NANO / "encoder", dtype=dtype)
+    else:
+        model = load_autoencoder(name, dtype)
+    model = model.to(device).eval().requires_grad_(False)
+    return lambda image: encode(model, image.to(device, dtype)).float()
+
+
+def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """From a folder, a Hub id or the name of a latent space: one of diffusers' autoencoders (a pipeline's too), nano's
+    encoder, or SigLIP 2."""
+    import diffusers
+
+    name = SPACES[name].encoder if name in SPACES else name
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not is_hub_id(name):
+            raise ValueError(
+                f'no encoder "{name}": expected "nano", a latent space ({", ".join(SPACES)}), a folder (there is no '
+                'such folder), a Hub id (owner/name) or "module:function"'
+            )
+        # A pipeline's root may hold its whole model in one file: take that only where there is no vae folder.
+        folder = download(name, ["vae/*"])
+        if not (folder / "vae").is_dir():
+            folder = download(name, ["config.json", "*.safetensors"])
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        class_name = "SiglipVisionModel" if config.get("model_type", "").startswith("siglip") else config["_class_name"]
+    except (OSError, KeyError, ValueError):
+        raise ValueError(
+            f"{folder}: expected a diffusers autoencoder, with its class in config.json, or a SigLIP model"
+        ) from None
+    if class_name == "TinyLatentEncoder":
+        return TinyLatentEncoder.from_pretrained(folder, dtype=dtype)
+    if class_name == "SiglipVisionModel":
+        from transformers import SiglipVisionModel
+
+        return SiglipVisionModel.from_pretrained(folder, dtype=dtype)
+    if class_name not in _ENCODE:
+        known = ", ".join([*_ENCODE, "TinyLatentEncoder"])
+        raise ValueError(f'{folder}: {class_name}: expected one of {known}, or a callable of yours ("module:function")')
+    return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
+
+
+@torch.no_grad()
+def encode(autoencoder: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Image (B, 3, H, W) in [-1, 1] -> normalised latents, by the mean of the autoencoder's posterior."""
+    known = _ENCODE.get(type(autoencoder).__name__)
+    return autoencoder(image) if known is None else known(autoencoder, image)
+
+
+@torch.no_grad()
+def decode(autoencoder: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents -> the autoencoder's own image (B, 3, H, W), clamped to [-1, 1]: the way back of `encode`.
+
+    Raises:
+        ValueError: an encoder alone.
+    """
+    known = _DECODE.get(type(autoencoder).__name__)
+    if known is None:
+        raise ValueError(f"{type(autoencoder).__name__} has no decoder: expected one of {', '.join(_DECODE)}")
+    return known(autoencoder, latents).clamp(-1, 1)
+
+
+def _encode_kl(vae, image):
+    return (vae.encode(image).latent_dist.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def _decode_kl(vae, z):
+    return vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+
+
+def _encode_flux2(vae, image):
+    return normalise_flux2(vae, vae.encode(image).latent_dist.mode())
+
+
+def _decode_flux2(vae, z):
+    mean, std = flux2_statistics(vae, z)
+    return vae.decode(F.pixel_shuffle(z * std + mean, 2)).sample
+
+
+def _encode_qwen_image(vae, image):
+    z = vae.encode(image[:, :, None]).latent_dist.mode()[:, :, 0]
+    mean, std = _statistics_qwen_image(vae, z)
+    return (z - mean) / std
+
+
+def _decode_qwen_image(vae, z):
+    mean, std = _statistics_qwen_image(vae, z)
+    return vae.decode((z * std + mean)[:, :, None]).sample[:, :, 0]
+
+
+def _statistics_qwen_image(vae, z):
+    return (torch.tensor(x).to(z)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+
+
+def _encode_tiny(vae, image):
+    return vae.encode(image).latents  # made to equal normalised ones
+
+
+def _encode_rae(vae, image):
+    # Its images are in [0, 1]; it resizes and normalises by itself.
+    return vae.encode(image / 2 + 0.5).latent
+
+
+def _encode_siglip(model, image):
+    # 224 px of a 256 px image: 14 px to a token, 16 px to a latent cell. It is normalised with mean and std .5, and
+    # not clamped, as it was not where the decoder's latents were made.
+    height, width = (side * 14 // 16 for side in image.shape[-2:])
+    small = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    hidden = model(small, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-1]
+    tokens = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)  # hidden: before the model's own last norm
+    return tokens.transpose(1, 2).unflatten(2, (height // 14, width // 14))
+
+
+_ENCODE: dict[str, Callable] = {
+    "AutoencoderKL": _encode_kl,
+    "AutoencoderKLFlux2": _encode_flux2,
+    "AutoencoderKLQwenImage": _encode_qwen_image,
+    "AutoencoderTiny": _encode_tiny,
+    "AutoencoderRAE": _encode_rae,
+    "SiglipVisionModel": _encode_siglip,
+}
+
+
+_DECODE: dict[str, Callable] = {
+    "AutoencoderKL": _decode_kl,
+    "AutoencoderKLFlux2": _decode_flux2,
+    "AutoencoderKLQwenImage": _decode_qwen_image,
+    "AutoencoderTiny": lambda vae, z: vae.decode(z).sample,
+    "AutoencoderRAE": lambda vae, z: vae.decode(z).sample * 2 - 1,
+}
