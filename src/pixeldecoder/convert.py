@@ -4,8 +4,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pixeldecoder.errors import naming
 from pixeldecoder.files import read_tensors, write_whole
 from pixeldecoder.models.folder import check_fit, listing
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -309,7 +309,7 @@ def load_reference_model(
     Raises:
         ValueError: an unreadable file, or missing or unexpected tensors, which the message lists.
     """
-    with _naming(path):
+    with naming(path):
         state, config = read_reference(path, preset, **overrides)
         model = _network(config, state, path)
     return model if dtype is None else model.to(dtype)
@@ -329,18 +329,9 @@ def load_folder(path: str | Path) -> PixelDecoderTransformer2DModel:
     if not shards or not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a diffusers folder with config.json and .safetensors files")
     config = {k: v for k, v in _read_json(path / "config.json").items() if k[:1] != "_" and k != "auto_map"}
-    with _naming(path):
+    with naming(path):
         state = {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}
         return _network(config, state, path)
-
-
-@contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Puts a path before errors that do not name it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def _network(

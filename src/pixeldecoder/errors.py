@@ -60,3 +60,12 @@ def blaming(what: str) -> Iterator[None]:
         if OUT_OF_MEMORY.search(str(error)):
             raise
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Puts the name of a file or an option before an error that does not say it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(name) in str(error) else f"{name}: {error}") from None

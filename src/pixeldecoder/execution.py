@@ -15,8 +15,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from pixeldecoder.autoencoders import load_image_encoder
-from pixeldecoder.errors import blaming
-from pixeldecoder.files import Naming
+from pixeldecoder.errors import blaming, naming
 from pixeldecoder.hub import cache_folder, download, unreachable
 from pixeldecoder.latents import SPACES
 from pixeldecoder.models.layers import PatchBlock
@@ -131,7 +130,7 @@ def load_loras(pipeline: PixelDecoderPipeline, loras: Sequence[tuple[str, float]
     strengths = {}
     for index, (name, strength) in enumerate(loras):
         path, adapter = lora_file(name), f"lora{index}"
-        with Naming(f"--lora {name}"):
+        with naming(f"--lora {name}"):
             try:
                 state = pipeline.lora_state_dict(path)
             except OSError as error:
@@ -186,7 +185,7 @@ def load_encoder(name: str, device: Any) -> Any:
         encoder = load_image_encoder(name, device)
 
     def checked(image: torch.Tensor) -> torch.Tensor:
-        with blaming(f'encoder "{name}"'), Naming(f'encoder "{name}"'):
+        with blaming(f'encoder "{name}"'), naming(f'encoder "{name}"'):
             latents = encoder(image)
         if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
             got = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__

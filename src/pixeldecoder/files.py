@@ -337,17 +337,3 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists():
             shutil.rmtree(old) if path.exists() else old.rename(path)
-
-
-class Naming:
-    """Puts the name of a file or an option before an error about it."""
-
-    def __init__(self, name: Path | str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.name}: {error}") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma, source_facts
+from pixeldecoder.errors import naming
 from pixeldecoder.presets import told_config
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Decode(FilesToImages):
         kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
 
         def make(job: "Job") -> None:
-            with files.Naming(job.source):
+            with naming(job.source):
                 latents = files.load_latents(job.source)
                 z, width_height = self._normalised(latents, pipeline), _decoded_size(job, pipeline.transformer.config)
             sigmas = [self.sigma or 0.0] * len(z)
@@ -63,7 +64,7 @@ class Decode(FilesToImages):
             for index, target in zip(indices, job.targets, strict=True):
                 if target.exists() and not self.overwrite:  # the rest of a batch that was cut short
                     continue
-                with files.Naming(job.source):  # one by one, so that each is what it is alone
+                with naming(job.source):  # one by one, so that each is what it is alone
                     image = pipeline(
                         z[index : index + 1], sigma=sigmas[index], generator=self.generator(), **kwargs
                     ).images[0]
@@ -176,7 +177,7 @@ class Upscale(FilesToImages):
 
         def make(job: "Job") -> None:
             picture = _read_picture(job.source)
-            with files.Naming(job.source):
+            with naming(job.source):
                 result = pipeline.upscale(
                     picture.with_alpha(picture.rgb),
                     self.sigma,
@@ -246,7 +247,7 @@ class Encode:
                 )
             image = pictures.to_tensor(picture.flattened())
             size = torch.tensor(image.shape[-2:])
-            with files.Naming(job.source), torch.no_grad():
+            with naming(job.source), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
                 latents = encoder(image.to(device)).cpu().contiguous()

@@ -121,11 +121,11 @@ class Decoder(ExecutionOptions):
             check_decoder_name(self.decoder)
 
     def load(self, place: bool = True, loras: Sequence[str] = ()) -> "PixelDecoderPipeline":
-        from pixeldecoder.files import Naming
+        from pixeldecoder.errors import naming
 
         pipeline = self.execution(loras).load(self.decoder, place)
         if self.steps is not None:
-            with Naming(f"--steps {self.steps}"):
+            with naming(f"--steps {self.steps}"):
                 pipeline.check_steps(self.steps)
         return pipeline
 

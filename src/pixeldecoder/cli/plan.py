@@ -32,8 +32,8 @@ class Plan(Decoder):
 
         import torch
 
+        from pixeldecoder.errors import naming
         from pixeldecoder.execution import quantize, torch_device, torch_dtype
-        from pixeldecoder.files import Naming
         from pixeldecoder.flow import student_times
         from pixeldecoder.plan import (
             Limits,
@@ -53,7 +53,7 @@ class Plan(Decoder):
 
             preset = PRESETS[self.decoder]
             if preset.distilled and self.steps is not None:
-                with Naming(f"--steps {self.steps}"):
+                with naming(f"--steps {self.steps}"):
                     student_times(self.steps)
             with torch.device("meta"):
                 model = PixelDecoderTransformer2DModel(**preset.config).to(torch_dtype(self.dtype, device.type))

@@ -17,7 +17,6 @@ from pixeldecoder.cli.parsing import parse
 from pixeldecoder.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
-    Naming,
     check_target,
     inspect_latents,
     load_latents,
@@ -96,7 +95,7 @@ class Redo:
         made = read_made(self.picture)
         output = self.output or self.picture.with_stem(f"{self.picture.stem}_redo")
         check_target(output, IMAGE_SUFFIXES, self.overwrite, [self.picture])
-        with Naming(self.picture):
+        with naming(self.picture):
             command = self._command(made, output)
             self._check(made, command)
         vars(command).update(recorded=made, index=made.get("index"))
