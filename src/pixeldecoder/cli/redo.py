@@ -14,6 +14,7 @@ from pixeldecoder.cli.demo import Demo
 from pixeldecoder.cli.generate import Generate
 from pixeldecoder.cli.options import OUTPUTS, Pictures, lora_and_strength, word
 from pixeldecoder.cli.parsing import parse
+from pixeldecoder.errors import naming
 from pixeldecoder.files import (
     IMAGE_SUFFIXES,
     LATENT_SUFFIXES,
