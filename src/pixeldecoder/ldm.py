@@ -144,7 +144,7 @@ def partly_denoise(
             due, whole = _calls_due(scheduler, timesteps, kwargs.get("denoising_end")), -(-len(timesteps) // order)
             _check_stop(kind, value, -(-due // order))
         # A step of Heun's or KDPM2's is two calls, the last one a single call.
-        if taken is None and (calls % order == 0 or calls == due):
+        if taken is None and (calls % order == 0 or calls == due):  # brought to the decoder's frame (eq. 7, 8)
             made, steps = -(-calls // order), -(-due // order)
             signal, noise = signal_and_noise(scheduler, index)
             total = signal + noise if space.frame == "flow" else math.hypot(signal, noise)

@@ -151,42 +151,6 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         self.gradient_checkpointing = False
         self._init_weights()
 
-    def _init_weights(self) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if name.endswith(("adaln", "adaln_in", "adaln_out")):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, SigmaGate):  # g is about .88, .50, .05 at sigma = 0, .4, 1
-                nn.init.trunc_normal_(module.proj.weight, std=0.01)
-                nn.init.constant_(module.proj.bias, 2.0)
-            elif isinstance(module, SigmaAwareAdapter):
-                for head in (*module.heads, *([module.pixel_head] if module.pixel_head is not None else [])):
-                    nn.init.zeros_(head.weight)
-            elif isinstance(module, TextEmbedding):
-                nn.init.trunc_normal_(module.positions, std=0.02)
-        nn.init.zeros_(self.proj_out.weight)
-
-    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
-        "to_out.0"..., mean the layers that hold them here: `to_qkv`, `add_qkv` and `to_out`."""
-        if not isinstance(adapter_config.target_modules, str | None):
-            adapter_config = copy.copy(adapter_config)
-            names = set(adapter_config.target_modules)
-            for usual, ours in (
-                (r"\bto_[qkv]$", "to_qkv"),
-                (r"\badd_[qkv]_proj$", "add_qkv"),
-                (r"\bto_out\.0$", "to_out"),
-            ):
-                names = {re.sub(usual, ours, name) for name in names}
-            adapter_config.target_modules = names
-        super().add_adapter(adapter_config, adapter_name)
-
     def image_rotary(self, height: int, width: int, device: torch.device | None = None) -> tuple[Rotary, Rotary]:
         """Rotary tables (eq. 13) of the patch and of the pixel blocks for an image of `height` x `width` pixels: the
         same at every step and for every tile of one size. Pass them as `image_rotary_emb=`."""
@@ -331,6 +295,42 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         aux_rgb = latent_features.aux_rgb if return_aux_rgb else None
         result = PixelDecoderOutput(sample=output, features=wanted, aux_rgb=aux_rgb)
         return result if return_dict else result.to_tuple()
+
+    def _init_weights(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name.endswith(("adaln", "adaln_in", "adaln_out")):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, SigmaGate):  # g is about .88, .50, .05 at sigma = 0, .4, 1
+                nn.init.trunc_normal_(module.proj.weight, std=0.01)
+                nn.init.constant_(module.proj.bias, 2.0)
+            elif isinstance(module, SigmaAwareAdapter):
+                for head in (*module.heads, *([module.pixel_head] if module.pixel_head is not None else [])):
+                    nn.init.zeros_(head.weight)
+            elif isinstance(module, TextEmbedding):
+                nn.init.trunc_normal_(module.positions, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
+        "to_out.0"..., mean the layers that hold them here: `to_qkv`, `add_qkv` and `to_out`."""
+        if not isinstance(adapter_config.target_modules, str | None):
+            adapter_config = copy.copy(adapter_config)
+            names = set(adapter_config.target_modules)
+            for usual, ours in (
+                (r"\bto_[qkv]$", "to_qkv"),
+                (r"\badd_[qkv]_proj$", "add_qkv"),
+                (r"\bto_out\.0$", "to_out"),
+            ):
+                names = {re.sub(usual, ours, name) for name in names}
+            adapter_config.target_modules = names
+        super().add_adapter(adapter_config, adapter_name)
 
     def _check_inputs(
         self,
