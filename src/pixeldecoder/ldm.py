@@ -222,8 +222,10 @@ def generate(
             "follows from the latent model's run"
         )
     if seed is not None:
-        one = isinstance(seed, Integral)
-        seeds = [seed + i for i in range(count)] if one else list(seed) if isinstance(seed, Iterable) else []
+        if isinstance(seed, Integral):
+            seeds = [int(seed) + i for i in range(count)]
+        else:
+            seeds = list(seed) if isinstance(seed, Iterable) else []
         if len(seeds) != count or not all(isinstance(s, Integral) for s in seeds):
             raise ValueError(
                 f"expected one seed, or one for each of {count} images, whole numbers, got {str(seed)[:80]}"
