@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,3 +477,50 @@ def test_an_image_that_is_not_finite_is_an_error(dtype, advice):
     for output_type in "pil", "latent":
         with pytest.raises(ValueError, match=rf"^4096 of the image's 12288 values are NaN or infinite.*{advice}"):
             pipeline(torch.zeros(1, 16, 2, 2), num_inference_steps=1, output_type=output_type)
+
+
+@pytest.mark.parametrize(
+    "image", [[], np.zeros((32, 32, 3), "uint8"), "a.png", Path("a.png"), torch.zeros(1, 3, 32, 32)]
+)
+def test_only_a_picture_is_enlarged(image):
+    with pytest.raises(ValueError, match=r"^expected a picture, as PIL's Image.open gives it, got \S+"):
+        tiny_pipeline().upscale(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "tensor of floats (B, 3, H, W), got (1, 3, 32, 32) torch.uint8"),
+        (torch.arange(3072.0).view(1, 3, 32, 32) / 12, "expected a picture in [-1, 1], got values from 0"),
+        (torch.full((1, 3, 32, 32), torch.nan), "got values from nan to nan"),
+        (torch.zeros(3, 32, 32), "got (3, 32, 32) torch.float32"),
+        (np.zeros((1, 3, 32, 32)), "got ndarray"),
+        (Path("a.png"), "got PosixPath"),
+    ],
+)
+def test_only_a_picture_is_encoded(image, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny_pipeline().encode_image(image)
+
+
+@pytest.mark.parametrize("generator", [5, "0", [1], [None, 2], (torch.Generator(),), np.random.default_rng()])
+def test_what_is_no_generator(generator):
+    prior = tiny_pipeline(**TINY | dict(latent_channels=None, text_embed_dim=None))
+    for pipeline, latents in (tiny_pipeline(), torch.zeros(1, 16, 2, 2)), (prior, None):
+        with pytest.raises(ValueError, match=r"^expected a torch\.Generator, or a list with one for each image, got "):
+            pipeline(latents, generator=generator, height=32, width=32)
+
+
+def test_an_image_is_enlarged_in_tiles_by_its_encoder_too(monkeypatch):
+    """A memory that the decoder is content with, but not its encoder, which sees the image in tiles."""
+    pipeline, image = tiny_pipeline(), Image.effect_noise((600, 520), 50).convert("RGB")
+    whole = pipeline.encode_image(image)
+    shapes = []
+    pipeline.encoder.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[-2:])))
+    monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 10**9)
+    budget = 10**9 + 96 * 2**20 + 24 * 600 * 520 + 5 * 8 * 4 * 320 * 320
+    tiled = pipeline.encode_image(image, max_memory=budget)
+    assert len(shapes) > 1 and max(map(max, shapes)) <= 320
+    assert tiled.shape == whole.shape and (tiled - whole).abs().mean() < 0.02 * whole.abs().mean()
+    with pytest.raises(ValueError, match=r"^to encode 600 x 520 px would take 1\.1\d GB with .* tiles, but 1\.00 GB"):
+        pipeline.encode_image(image, max_memory="1GB")

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TINY, TINY_NANO, tiny_model
-from pixeldecoder import PixelDecoderTransformer2DModel
+from pixeldecoder import PixelDecoderTransformer2DModel, TinyLatentEncoder
 from pixeldecoder.execution import set_attention
 from pixeldecoder.plan import (
     Limits,
@@ -24,6 +25,7 @@ from pixeldecoder.plan import (
     memory_budget,
     must_offload,
     plan,
+    plan_encoder,
     weight_bytes,
 )
 from pixeldecoder.tiling import Tiles
@@ -54,6 +56,63 @@ def test_peak_memory_is_what_was_planned(size, kwargs):
     assert 0.85 * peak < planned < 1.25 * peak
     if "max_memory" in kwargs:
         assert peak < 0.9e9
+
+
+ENCODE = """
+import json, sys
+import torch
+from diffusers import AutoencoderKL
+from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.autoencoders import encode
+from pixeldecoder.plan import held_memory, measured_peak
+pipeline = PixelDecoderPipeline.from_pretrained("nano")
+blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+vae = AutoencoderKL(**blocks, block_out_channels=(64, 64, 64, 64), latent_channels=16).eval()
+sizes = []
+def encoder(image):
+    sizes.append(max(image.shape))
+    return encode(vae, image)
+encoder.autoencoder = vae
+pipeline.encode_image(torch.zeros(1, 3, 64, 64), encoder)
+before = held_memory(pipeline.device)
+pipeline.encode_image(torch.zeros(1, 3, 512, 512), encoder, max_memory=before + int(sys.argv[1]))
+print(json.dumps([max(sizes), measured_peak(pipeline.device) - before]))
+"""
+
+
+@pytest.mark.parametrize(("allowed", "side"), [(600_000_000, 512), (210_000_000, 256)])
+def test_peak_memory_of_an_encoder(allowed, side):
+    """Five tensors of 64 channels of the image, 336 MB, or of a tile of a quarter of it."""
+    output = subprocess.run(
+        [sys.executable, "-c", ENCODE, str(allowed)], capture_output=True, text=True, check=True
+    ).stdout
+    largest, peak = json.loads(output.splitlines()[-1])
+    tensors = 5 * 64 * 4 * largest**2
+    assert side * 0.75 < largest <= side and 0.8 * tensors < peak < 1.1 * tensors + 24 * 512**2 + 32 * 2**20 < allowed
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "width"),
+    [
+        (AutoencoderKL(block_out_channels=(32,)), 32),
+        (AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 512)), 128),
+        (AutoencoderTiny(encoder_block_out_channels=(8, 8, 8, 8)), 8),
+        (TinyLatentEncoder(channels=12), 12),
+        (AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1), 8 * 13 / 5),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_memory_of_encoders_by_hand(autoencoder, width, monkeypatch):
+    """Five tensors, thirteen of Qwen-Image's, of the stage that has the largest, beside what is there already."""
+    monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 1000)
+    needed = 1000 + 96 * 2**20 + 24 * 2 * 512 * 768 + int(5 * width * 4 * 2 * 512 * 768)
+    assert plan_encoder(autoencoder, 512, 768, 2, 8, needed).count == 1
+    assert plan_encoder(autoencoder, 512, 768, 2, 8, needed - 5).count > 1
+
+
+def test_what_is_no_convolutional_encoder_is_given_the_whole_image():
+    for encoder in None, torch.nn.Linear(2, 2):
+        assert plan_encoder(encoder, 5120, 64, 1, 16, 1).count == 1
 
 
 def released(dtype=torch.bfloat16) -> PixelDecoderTransformer2DModel:

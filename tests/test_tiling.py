@@ -12,7 +12,7 @@ from conftest import TINY, TINY_NANO, TINY_V15, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.presets import NANO
-from pixeldecoder.tiling import Tiles, cut, tiled_velocity
+from pixeldecoder.tiling import Tiles, cut, tiled_latents, tiled_velocity
 
 
 @pytest.mark.parametrize("side", [16, 48, 512, 528, 1000 // 8 * 8, 4096])
@@ -169,7 +169,7 @@ def test_no_seam_is_seen(decoded):
         ({"tile_size": 64, "tile_overlap": -1}, "tile overlap -1"),
         ({"chunk_size": 0}, "expected a chunk size of at least 1 patch, got 0"),
         ({"max_memory": "lots"}, "expected bytes, or a size such"),
-        ({"max_memory": 0}, "expected more than nothing"),
+        ({"max_memory": 0}, '0: expected bytes, or a size such as "6GB"'),
         (
             {"max_memory": "1MB"},
             "96 x 96 px would take .* GB with the whole image and 16 patches at a time, but 0.00 GB may be",
@@ -199,3 +199,23 @@ def test_three_tiles_of_both_axes_by_hand():
     shared = [1 / 3, *[0.5] * 6, 2 / 3]  # the middle columns are of both
     for row, found in enumerate(rows):
         torch.testing.assert_close(found - 2 * row, torch.tensor([*[0.0] * 8, *shared, *[1.0] * 8]))
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(64, 96, 32), (40, 200, 64), (128, 64, 64)])
+def test_tiles_of_latents_are_placed_where_they_belong(height, width, side):
+    """An encoder that looks at no neighbours gives the same in tiles as whole."""
+    image = torch.randn(2, 3, height, width)
+    encoder = lambda x: F.avg_pool2d(x, 8)  # noqa: E731
+    tiles = cut(height, width, side, side // 4, 8)
+    assert tiles.count > 1
+    torch.testing.assert_close(tiled_latents(encoder, image, tiles, 8), encoder(image))
+
+
+def test_tiles_of_latents_are_blended():
+    """Over the overlap the one gives way to the other."""
+    level = iter([0.0, 1.0])
+    tiles = cut(32, 96, 64, 32, 8)
+    latents = tiled_latents(
+        lambda x: torch.full((1, 1, 4, x.shape[3] // 8), next(level)), torch.zeros(1, 3, 32, 96), tiles, 8
+    )
+    torch.testing.assert_close(latents[0, 0, 0], torch.tensor([0, 0, 0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1]))

@@ -41,7 +41,12 @@ def load_image_encoder(
     else:
         model = load_autoencoder(name, dtype)
     model = model.to(device).eval().requires_grad_(False)
-    return lambda image: encode(model, image.to(device, dtype)).float()
+
+    def encoder(image: torch.Tensor) -> torch.Tensor:
+        return encode(model, image.to(device, dtype)).float()
+
+    encoder.autoencoder = model  # type: ignore[attr-defined]  # whose memory is planned
+    return encoder
 
 
 def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -105,7 +105,8 @@ def torch_device(name: str, option: str = "--device") -> str:
 
 def lora_file(name: str) -> Path:
     """A LoRA's file: itself, the one of a folder, or of a Hub repository."""
-    path = Path(name) if Path(name).exists() else download(name, ["*.safetensors"])
+    path = Path(name).expanduser()
+    path = path if path.exists() else download(name, ["*.safetensors"])
     if path.is_file():
         return path
     files = sorted(path.glob("*.safetensors"))
@@ -152,7 +153,7 @@ def load_diffusion_pipeline(name: str, dtype: torch.dtype, arguments: dict[str, 
     """`arguments` are those its call is to take."""
     try:
         with blaming(f"{name} could not be loaded"):
-            pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(os.path.expanduser(name), dtype=dtype)
     except OSError as error:
         raise ValueError(str(error)) if Path(name).exists() else unreachable(name, error) from None
     taken = inspect.signature(pipe.__call__).parameters
@@ -192,6 +193,7 @@ def load_encoder(name: str, device: Any) -> Any:
             raise ValueError(f'encoder "{name}": expected latents (B, C, h, w), got {got}')
         return latents
 
+    checked.autoencoder = getattr(encoder, "autoencoder", None)  # type: ignore[attr-defined]
     return checked
 
 

@@ -34,7 +34,7 @@ from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import read, to_tensor
-from pixeldecoder.plan import Limits, Plan, plan
+from pixeldecoder.plan import Limits, Plan, plan, plan_encoder
 from pixeldecoder.presets import (
     HUB_REPOSITORY,
     NANO,
@@ -46,9 +46,12 @@ from pixeldecoder.presets import (
 )
 from pixeldecoder.sampler import Velocity, check_steps, sample, set_times, teacher_scheduler
 from pixeldecoder.text import PromptEncoder, encode_prompts
+from pixeldecoder.tiling import tiled_latents
 
 logger = logging.get_logger(__name__)
 
+OVERSHOOT = 1.5
+"""What a sharp resize may make of a picture in [-1, 1]."""
 _ONE = (type(None), str, torch.Generator)
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -226,6 +229,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
 
         Weights in float8, in which nothing computes, come as bfloat16 unless `dtype` says otherwise.
         """
+        path = Path(path).expanduser()
         transformer = load_reference_model(path, preset, dtype, **overrides)
         if any(parameter.dtype.itemsize == 1 for parameter in transformer.parameters()):
             transformer.to(torch.bfloat16)
@@ -308,6 +312,9 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         """
         device = self._execution_device
         wants_image = self._check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        given = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(one, torch.Generator | None) for one in given):
+            raise ValueError(f"expected a torch.Generator, or a list with one for each image, got {generator!r}")
         size = None
         if latents is not None or self.transformer.config.latent_channels is not None:
             latents, size = self._pad(self._check_latents(latents, height, width, denormalized))
@@ -315,8 +322,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             height, width = (side * cell for side in latents.shape[-2:])
         else:
             height, width = size = self._check_size(height, width)
-            given = (noise, prompt_embeds, prompt, generator)
-            batch = len(next((several for several in given if not isinstance(several, _ONE)), [0]))
+            sources = (noise, prompt_embeds, prompt, generator)
+            batch = len(next((several for several in sources if not isinstance(several, _ONE)), [0]))
         sigma = self._check_sigma(sigma, batch, device)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"expected one generator, or one for each of {batch} images, got {len(generator)}")
@@ -410,7 +417,12 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         return embeds, self._encode(negative_prompt)
 
     @torch.no_grad()
-    def encode_image(self, image: Image.Image | torch.Tensor, encoder: ImageEncoder | None = None) -> torch.Tensor:
+    def encode_image(
+        self,
+        image: Image.Image | torch.Tensor,
+        encoder: ImageEncoder | None = None,
+        max_memory: int | str | None = None,
+    ) -> torch.Tensor:
         """Image -> normalised latents.
 
         Args:
@@ -419,37 +431,43 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                 padded by repeating the edge.
             encoder: of the decoder's latent space, from `pixeldecoder.autoencoders.load_image_encoder`; by default the
                 pipeline's own.
+            max_memory: as in `__call__`; what an encoder would exceed it with is encoded in tiles.
 
         Returns:
             Latents (B, C, ceil(H / f), ceil(W / f)).
 
         Raises:
-            ValueError: no encoder, one of another latent space or for other sizes, or an image of less than 16 px.
+            ValueError: no picture, or one of less than 16 px; no encoder, one of another latent space or for other
+                sizes; or too little memory.
         """
         config = self.transformer.config
-        own, device = self.encoder, self._execution_device
-        if encoder is None and own is not None:
-            device = self._device_of(own)
+        autoencoder, device = getattr(encoder, "autoencoder", None), self._execution_device
+        if encoder is None and (own := self.encoder) is not None:
+            autoencoder, device = own, self._device_of(own)
             encoder = lambda x: encode(own, x.to(own.dtype)).float()  # noqa: E731
         if encoder is None:
             known = SPACES.get(self.config.latent_space or "")
             example = f', such as load_image_encoder("{known.encoder}")' if known else ""
             raise ValueError(f"this decoder has no encoder of its own: give one for its latent space{example}")
-        if isinstance(image, Image.Image):
-            image = to_tensor(image)
+        image = _picture_tensor(image)
         height, width = image.shape[-2:]
         if min(height, width) < 16:
             raise ValueError(f"expected an image of at least 16 x 16 pixels, got {width} x {height}")
         cell = config.latent_downscale_factor
-        image = F.pad(image, (0, -width % cell, 0, -height % cell), mode="replicate")
-        latents = encoder(image.to(device))
-        expected = (len(image), config.latent_channels, *(side // cell for side in image.shape[-2:]))
-        if tuple(latents.shape) != expected:
-            raise ValueError(
-                f"of an image of {width} x {height} pixels the encoder makes latents {tuple(latents.shape)}, but the "
-                f"decoder expects {expected}: it is of another latent space, or for images of one size only"
-            )
-        return latents
+        image = F.pad(image, (0, -width % cell, 0, -height % cell), mode="replicate").to(device)
+
+        def checked(part: torch.Tensor) -> torch.Tensor:
+            latents = encoder(part)
+            expected = (len(part), config.latent_channels, *(side // cell for side in part.shape[-2:]))
+            if tuple(latents.shape) != expected:
+                raise ValueError(
+                    f"of an image of {width} x {height} pixels the encoder makes latents {tuple(latents.shape)}, but "
+                    f"the decoder expects {expected}: it is of another latent space, or for images of one size only"
+                )
+            return latents
+
+        tiles = plan_encoder(autoencoder, image.shape[-2], image.shape[-1], len(image), cell, max_memory)
+        return checked(image) if tiles.count == 1 else tiled_latents(checked, image, tiles, cell)
 
     def upscale(
         self,
@@ -473,6 +491,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         Returns:
             As `__call__`, the image exactly `scale` times the size of the input.
         """
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"expected a picture, as PIL's Image.open gives it, got {_described(image)}")
         levels = self._check_sigma(sigma, 1, torch.device("cpu"))
         picture = read(image)
         image = picture.rgb
@@ -484,8 +504,8 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             self.transformer, height, width, limits=limits,
             trained_size=self.config.trained_size, device=self._execution_device,
         )  # fmt: skip
-        latents = self.encode_image(image, encoder)
-        if sigma > 0:
+        latents = self.encode_image(image, encoder, limits.max_memory)
+        if levels > 0:
             noise = randn_tensor(latents.shape, generator=noise_generator, device=latents.device, dtype=latents.dtype)
             space = SPACES.get(self.config.latent_space or "")
             latents = add_noise(latents, noise, levels, space.frame if space else "flow")
@@ -698,6 +718,24 @@ def postprocess(image: torch.Tensor, output_type: str) -> torch.Tensor | np.ndar
     if output_type == "np":
         return image.cpu().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in image.mul_(255).round_().to(torch.uint8)]
+
+
+def _picture_tensor(image: Any) -> torch.Tensor:
+    """A picture, or (B, 3, H, W) in [-1, 1], as the latter.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(image, Image.Image):
+        return to_tensor(image)
+    fits = isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == 3 and image.is_floating_point()
+    if not fits:
+        kind = f" {image.dtype}" if isinstance(image, torch.Tensor) else ""
+        raise ValueError(f"expected a picture or a tensor of floats (B, 3, H, W), got {_described(image)}{kind}")
+    low, high = (x.item() for x in image.aminmax()) if image.numel() else (0.0, 0.0)
+    if not -OVERSHOOT <= low <= high <= OVERSHOOT:  # false of NaN
+        raise ValueError(f"expected a picture in [-1, 1], got values from {low:g} to {high:g}")
+    return image
 
 
 def _described(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -35,6 +35,16 @@ CGROUP = Path("/sys/fs/cgroup")
 """Where a container on Linux reads its limits."""
 WORKSPACE = 96 * MIB
 """Bytes that libraries allocate for themselves: oneDNN's kernels, cuBLAS' workspace, fragments."""
+SMALLEST_ENCODED = 256
+"""Side in pixels below which the tiles of an encoder are not made."""
+ENCODER_TENSORS = {
+    "AutoencoderKL": 5,
+    "AutoencoderKLFlux2": 5,
+    "AutoencoderKLQwenImage": 13,
+    "AutoencoderTiny": 5,
+    "TinyLatentEncoder": 5,
+}
+"""Of how many tensors of a stage's width and size an encoder's peak is, as measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,49 @@ def plan(
         f"{width} x {height} px would take {memory / 1e9:.2f} GB with {what} and {chunk} patches at a time, but "
         f"{budget / 1e9:.2f} GB may be used: allow more memory, or make "
         + ("a smaller image" if tile_size == "auto" else "smaller tiles or a smaller image")
+    )
+
+
+def plan_encoder(
+    autoencoder: nn.Module | None, height: int, width: int, batch: int, cell: int, max_memory: int | str | None = None
+) -> Tiles:
+    """How to cut an image for its encoder, so that it stays within a memory budget; one tile where it may.
+
+    Args:
+        autoencoder: where it will run. What is no convolutional network of `ENCODER_TENSORS` is given the whole image.
+        height, width: in pixels, multiples of `cell`.
+        batch: images at a time.
+        cell: pixels to a latent cell's side.
+        max_memory: as in `Limits`.
+
+    Raises:
+        ValueError: the smallest tiles do not fit.
+    """
+    config: Any = getattr(autoencoder, "config", {})
+    tensors, sides = ENCODER_TENSORS.get(type(autoencoder).__name__), [max(height, width, 2 * cell)]
+    if tensors is None or autoencoder is None:
+        return cut(height, width, sides[0], 0, cell)
+    if "base_dim" in config:
+        widths = [config.base_dim * factor for factor in config.dim_mult]
+    else:
+        names = "encoder_block_out_channels", "block_out_channels"  # the bundled encoder has one width
+        widths = next((config[name] for name in names if name in config), [config.get("channels")])
+    weight = next(autoencoder.parameters())
+    # Stage i works at 1 / 2^i of the size.
+    values = tensors * max(channels / 4**stage for stage, channels in enumerate(widths))
+    held = held_memory(weight.device) + WORKSPACE + 24 * batch * height * width
+    budget = memory_budget(weight.device, max_memory)
+    smallest = max(SMALLEST_ENCODED, 2 * cell)
+    while sides[-1] > smallest:
+        sides.append(max(smallest, sides[-1] // 2 // cell * cell))
+    for side in sides:
+        tiles = cut(height, width, side, side // 4 if side < sides[0] else 0, cell)
+        memory = held + int(values * weight.itemsize * batch * tiles.height * tiles.width)
+        if memory <= budget:
+            return tiles
+    raise ValueError(
+        f"to encode {width} x {height} px would take {memory / 1e9:.2f} GB with {tiles.width} x {tiles.height} px "
+        f"tiles, but {budget / 1e9:.2f} GB may be used: allow more memory, or give a smaller image"
     )
 
 

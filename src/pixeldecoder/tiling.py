@@ -4,7 +4,7 @@ The network sees one tile at a time, with what the adapter made of the *whole* l
 blended, at every step and on one canvas of noise, so that neighbouring tiles agree and no seam appears.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,19 +71,46 @@ def tiled_velocity(
         patch, aux_pixels: side of a patch in pixels, of the image and of the auxiliary image.
     """
     output = torch.zeros_like(image)
+    for top, left, weight in _placed(tiles, image.device):
+        area = (..., slice(top, top + tiles.height), slice(left, left + tiles.width))
+        part = features and crop_features(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
+        output[area] += velocity(image[area], part) * weight
+    return output
+
+
+def tiled_latents(
+    encoder: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, tiles: Tiles, cell: int
+) -> torch.Tensor:
+    """The latents (B, C, H/cell, W/cell) of an image (B, 3, H, W), by an encoder that sees one tile at a time.
+
+    Args:
+        encoder: convolutional, of a tile (B, 3, h, w) to (B, C, h/cell, w/cell).
+        tiles: of the image, cut between latent cells of `cell` pixels a side.
+    """
+    small = Tiles(
+        tiles.height // cell, tiles.width // cell,
+        tuple(top // cell for top in tiles.tops), tuple(left // cell for left in tiles.lefts), tiles.overlap // cell,
+    )  # fmt: skip
+    output = None
+    for top, left, weight in _placed(small, image.device):
+        y, x = top * cell, left * cell
+        latents = encoder(image[..., y : y + tiles.height, x : x + tiles.width])
+        if output is None:
+            output = latents.new_zeros(*latents.shape[:2], *(side // cell for side in image.shape[-2:]))
+        output[..., top : top + small.height, left : left + small.width] += latents * weight.to(latents)
+    assert output is not None
+    return output
+
+
+def _placed(tiles: Tiles, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Each tile's top and left, and the weights (h, w) with which it is added to the others."""
     rows, columns = (
-        _weights(side, tile, starts, tiles.overlap, image.device)
-        for side, tile, starts in (
-            (image.shape[2], tiles.height, tiles.tops),
-            (image.shape[3], tiles.width, tiles.lefts),
-        )
+        _weights(starts[-1] + tile, tile, starts, tiles.overlap, device)
+        for tile, starts in ((tiles.height, tiles.tops), (tiles.width, tiles.lefts))
     )
     for top, row in zip(tiles.tops, rows, strict=True):
         for left, column in zip(tiles.lefts, columns, strict=True):
-            area = (..., slice(top, top + tiles.height), slice(left, left + tiles.width))
-            part = features and crop_features(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
-            output[area] += velocity(image[area], part) * row[:, None] * column
-    return output
+            yield top, left, row[:, None] * column
 
 
 def _weights(side: int, tile: int, starts: tuple[int, ...], overlap: int, device: torch.device) -> list[torch.Tensor]:
