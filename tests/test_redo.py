@@ -368,7 +368,10 @@ def test_only_the_rest_is_made_after_a_kill(ending, capsys):
     count = 40
     folder(count, 1)
     command = [sys.executable, "-m", "pixeldecoder", *UPSCALE]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+    )  # fmt: skip
     for _ in range(5):
         child.stdout.readline()
     child.send_signal(ending)
