@@ -558,3 +558,17 @@ def test_an_evaluation_as_asked_for(monkeypatch, capsys):
     assert list(decoders.load) == ["nano"] and decoders.steps == (4, 2) and decoders.as_if_clean
     assert decoders.call_kwargs == dict(tile_size=64, tile_overlap=8, chunk_size=3, max_memory=None)
     assert written == [Path("out")] and capsys.readouterr().out == f"{Path('out/report.html')}\n"
+
+
+def test_the_home_folder(monkeypatch, tmp_path):
+    """Where a shell leaves it alone; not within a text."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    command = SimpleNamespace(run=lambda: None)
+    monkeypatch.setattr(
+        sys.modules["pixeldecoder.cli.main"], "parse", lambda kind, words, prog: seen.extend(words) or command
+    )
+    words = ["~/z.npy", "--decoder=~/dec", "--lora", "~/a:0.5", "--prompt", "a ~/b ~", "~", "~other/x"]
+    assert main(["decode", *words]) == 0
+    home = str(tmp_path)
+    assert seen == [f"{home}/z.npy", f"--decoder={home}/dec", "--lora", f"{home}/a:0.5", *words[4:]]

@@ -4,6 +4,7 @@ import copy
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import accelerate
 import diffusers
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 from conftest import TINY, tiny_model, tiny_pipeline
 from families import save_gemma
 from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
+from pixeldecoder.convert import folder_to_reference
 from pixeldecoder.presets import NANO
 from pixeldecoder.text import PromptEncoder
 
@@ -182,6 +184,23 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     tiny_pipeline().save_pretrained(tmp_path / "dec")
     assert PixelDecoderPipeline.from_pretrained("~/dec").encoder is not None
+    assert PixelDecoderTransformer2DModel.from_pretrained("~/dec/transformer").config.scale == 4
+    folder_to_reference(save_with_text(tmp_path / "text"), tmp_path / "text.safetensors")
+    assert PixelDecoderPipeline.from_pretrained("~/text.safetensors").transformer.config.text_embed_dim == 20
+    assert PixelDecoderPipeline.from_single_file("~/text.safetensors").transformer.config.text_embed_dim == 20
+
+
+def save_with_text(folder: Path) -> Path:
+    PixelDecoderPipeline(tiny_model(**TINY), FlowMatchLCMScheduler(shift=1.0)).save_pretrained(folder)
+    return folder
+
+
+def test_nothing_computes_in_float8(tmp_path):
+    folder = save_with_text(tmp_path / "dec")
+    with pytest.raises(ValueError, match=r"dec: nothing computes in torch.float8_e4m3fn: give dtype=torch.bfloat16"):
+        PixelDecoderPipeline.from_pretrained(folder, torch_dtype=torch.float8_e4m3fn)
+    tiny_model(**TINY).to(torch.float8_e4m3fn).save_pretrained(folder / "transformer")
+    assert PixelDecoderPipeline.from_pretrained(folder).transformer.dtype == torch.float32
 
 
 # Calls

@@ -204,3 +204,20 @@ def test_sizes_mean_what_people_think(size, count):
 def test_what_is_no_size(size):
     with pytest.raises(ValueError, match=r'expected bytes, or a size such as "6GB"$'):
         files.parse_size(size)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "pth", "pt", "bin"])
+def test_files_under_another_suffix(tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    save_file({"a": torch.ones(2)}, path)
+    assert files.read_tensors(path).keys() == {"a"}
+    torch.save({"a": torch.ones(2)}, path)
+    assert files.read_tensors(path).keys() == {"a"}
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert files.read_tensors(path).keys() == {"a"}
+    path.write_bytes(b"GGUF\x03" + bytes(60))
+    with pytest.raises(ValueError, match=rf"model.{suffix}: a GGUF file of quantised weights: expected a .safetensors"):
+        files.read_tensors(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"model.{suffix}: not a readable file of tensors, or truncated"):
+        files.read_tensors(path)

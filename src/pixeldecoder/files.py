@@ -228,8 +228,14 @@ def read_tensors(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a .safetensors, .pth or .pt file, there is no such file")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[:4] == b"GGUF":
+        raise ValueError(f"{path}: a GGUF file of quantised weights: expected a .safetensors, .pth or .pt file")
+    # Some go under another suffix: the length of a header, and its beginning.
+    is_safetensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
     try:
-        if path.suffix.lower() in (".safetensors", ".latent"):
+        if path.suffix.lower() in (".safetensors", ".latent") or is_safetensors:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:

@@ -175,6 +175,11 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         if path.is_file():
             return cls.from_single_file(path, **kwargs)
         check_decoder_name(name)
+        if getattr(kwargs.get("dtype"), "itemsize", 2) == 1:
+            raise ValueError(
+                f"{name}: nothing computes in {kwargs['dtype']}: give dtype=torch.bfloat16, and to save memory "
+                "pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn) afterwards"
+            )
         pipeline = super().from_pretrained(str(path) if path.is_dir() else name, **kwargs)
         if pipeline.config.license:
             _print_license(name, pipeline.config.license)

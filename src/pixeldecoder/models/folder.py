@@ -1,6 +1,7 @@
 """What the networks share as diffusers models: weights fit or are refused, and `AutoModel` opens their folders."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ class FolderMixin:
             ValueError: missing or unexpected tensors, which are listed.
         """
         wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        source = os.path.expanduser(pretrained_model_name_or_path)
+        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         if getattr(model, "hf_quantizer", None) is None:  # which stores tensors under other names
             check_fit(pretrained_model_name_or_path, missing=info["missing_keys"], unexpected=info["unexpected_keys"])
         return (model, info) if wanted else model
