@@ -369,7 +369,7 @@ def test_durations_that_people_read(seconds, text):
 
 @pytest.mark.parametrize("size", ["6GB", "1.5GB", ".5gb", "512MiB", "900000", "10KB"])
 def test_sizes_of_memory(size):
-    cli.options.check_memory(size)
+    assert cli.options.check_memory(size) is None
 
 
 @pytest.mark.parametrize("size", ["", "0", "0.0GB", "GB", "1.5", "-1GB", "6TB"])

@@ -45,7 +45,7 @@ from pixeldecoder.ldm import (
     pipeline_latent_space,
     signal_and_noise,
 )
-from pixeldecoder.pipeline import _print_license
+from pixeldecoder.loading import _print_license
 from pixeldecoder.presets import RELEASED_NEGATIVE_PROMPT
 from pixeldecoder.text import PromptEncoder
 

@@ -156,8 +156,42 @@ def test_floats_and_large_numbers(tmp_path):
         pictures.read(path)
 
 
-def test_cmyk_with_a_profile():
-    """A CMYK profile of one's own is large: a device link is not, so Lab stands for it."""
+def cmyk_profile() -> bytes:
+    """A printer's, of ICC version 2: the corners of its cube as Lab, and straight lines between them."""
+    corners = itertools.product((0, 1), repeat=4)
+    lab = [
+        (255 - 60 * c - 40 * m - 20 * y - 90 * k, 128 - 50 * c + 60 * m, 128 - 40 * c + 70 * y)
+        for c, m, y, k in corners
+    ]
+    table = bytes(max(0, value) for colour in lab for value in colour)
+    identity = struct.pack(">9I", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + table + bytes(range(256)) * 3
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    text = b"text" + bytes(4) + b"none\0"
+    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"cmyk\0" + bytes(78)
+    tags, data = [], b""
+    for kind, body in (b"desc", name), (b"cprt", text), (b"wtpt", white), (b"A2B0", lut):
+        body += bytes(-len(body) % 4)
+        tags.append((kind, 128 + 4 + 4 * 12 + len(data), len(body)))
+        data += body
+    head = struct.pack(">I4sI4s4s4s", 128 + 4 + 48 + len(data), b"none", 0x02100000, b"prtr", b"CMYK", b"Lab ")
+    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    return head.ljust(128, b"\0") + struct.pack(">I", 4) + b"".join(struct.pack(">4sII", *tag) for tag in tags) + data
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_cmyk_with_a_profile(format):
+    profile = cmyk_profile()
+    data = stored(Image.fromarray(noise(16, 16, 4), "CMYK"), format, icc_profile=profile)
+    image = Image.open(io.BytesIO(data))
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    expected = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+    assert np.array_equal(rgb(data), np.asarray(expected))
+    assert np.abs(rgb(data) - np.asarray(image.convert("RGB"))).mean() > 10
+    assert pictures.read(data).notes == ()
+
+
+def test_lab():
     lab = Image.fromarray(noise(8, 8, 3)).convert("RGB")
     lab = ImageCms.profileToProfile(lab, SRGB, ImageCms.createProfile("LAB"), outputMode="LAB")
     back = ImageCms.profileToProfile(lab, ImageCms.createProfile("LAB"), SRGB, outputMode="RGB")
@@ -227,7 +261,7 @@ def test_nothing_heavy_is_imported():
     import subprocess
 
     code = "import sys, pixeldecoder.pictures; assert not {'torch', 'diffusers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_alpha_is_enlarged_apart():

@@ -214,9 +214,8 @@ def generate(
     per_prompt = kwargs.get("num_images_per_prompt", 1)
     count = len(prompts) * per_prompt
     decoder_kwargs = dict(decoder_kwargs or {})
-    if unknown := set(decoder_kwargs) - (
-        known := set(inspect.signature(PixelDecoderPipeline.__call__).parameters) - OURS
-    ):
+    known = set(inspect.signature(PixelDecoderPipeline.__call__).parameters) - OURS
+    if unknown := set(decoder_kwargs) - known:
         raise ValueError(
             f"decoder_kwargs: {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}; the rest "
             "follows from the latent model's run"

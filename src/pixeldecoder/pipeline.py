@@ -1,20 +1,15 @@
 """Latents in, an image 4 or 8 times larger than their autoencoder's out: `PixelDecoderPipeline`."""
 
 import functools
-import json
 import math
-import numbers
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FlowMatchLCMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -24,27 +19,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import pixeldecoder
 from pixeldecoder.autoencoders import ImageEncoder, encode
-from pixeldecoder.convert import check_arguments, load_reference_model, pipeline_settings
+from pixeldecoder.calls import Call, CallsMixin, Interrupted
 from pixeldecoder.flow import add_noise
-from pixeldecoder.hub import download, unreachable
 from pixeldecoder.latents import SPACES, normalise, unpack_tokens
+from pixeldecoder.loading import LoadedPipeline
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import read, to_tensor
 from pixeldecoder.plan import Limits, Plan, plan, plan_encoder
-from pixeldecoder.presets import (
-    HUB_REPOSITORY,
-    NANO,
-    PRESETS,
-    RELEASED_LICENSE,
-    check_decoder_name,
-    find_preset,
-    sampled_like,
-)
-from pixeldecoder.sampler import Velocity, check_steps, sample, set_times, teacher_scheduler
+from pixeldecoder.sampler import Velocity, check_steps, sample, set_times
 from pixeldecoder.text import PromptEncoder, encode_prompts
 from pixeldecoder.tiling import tiled_latents
 
@@ -53,29 +38,9 @@ logger = logging.get_logger(__name__)
 OVERSHOOT = 1.5
 """What a sharp resize may make of a picture in [-1, 1]."""
 _ONE = (type(None), str, torch.Generator)
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
-@dataclass(eq=False)
-class _Call:
-    """What a callback may read and change of the call that it is in."""
-
-    guidance_scale: float
-    num_timesteps: int
-    interrupt: bool = False
-    running: bool = True
-    layout: Plan | None = None
-
-    def check_interrupt(self) -> None:
-        if self.interrupt:
-            raise _Interrupted
-
-
-class _Interrupted(BaseException):
-    """Ends the sampling of a call that is to stop."""
-
-
-class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin knows only "transformer", as we need
+class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # which knows only "transformer"
     """Decodes latents with a pixel diffusion model (PiD, arXiv 2605.23902).
 
     LoRA as elsewhere in diffusers: `load_lora_weights`, `set_adapters(name, strength)`, `fuse_lora`. One pipeline may
@@ -142,109 +107,7 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
             encoder_name=encoder_name,
         )
         self.prompt_encoder = PromptEncoder()
-        self._calls: dict[int, _Call] = {}  # the last one of each thread
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "PixelDecoderPipeline":
-        """Load "nano" (bundled), a released name (from the Hub), a checkpoint file, a folder or a Hub id.
-
-        Args:
-            pretrained_model_name_or_path: see above; released names are the keys of `pixeldecoder.presets.PRESETS`.
-            kwargs: `dtype`, and whatever diffusers' `from_pretrained` takes. For a checkpoint file also `preset=` (a
-                released name) and arguments of the model that its tensors do not tell.
-
-        Raises:
-            ValueError: a name that is none of these, or a file that is no checkpoint.
-        """
-        name = str(pretrained_model_name_or_path)
-        if "torch_dtype" in kwargs and "dtype" not in kwargs:  # its name until diffusers 0.42, which warns of it
-            kwargs["dtype"] = kwargs.pop("torch_dtype")
-        if name in PRESETS:
-            from huggingface_hub import hf_hub_download
-
-            hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
-            try:
-                path = hf_hub_download(HUB_REPOSITORY, PRESETS[name].filename, **hub)
-            except OSError as error:
-                raise unreachable(f"{HUB_REPOSITORY}/{PRESETS[name].filename}", error) from None
-            return cls.from_single_file(path, preset=name, **kwargs)
-        if name == "nano":
-            with _quiet_bars():
-                return super().from_pretrained(NANO, **kwargs)
-        path = Path(name).expanduser()
-        if path.is_file():
-            return cls.from_single_file(path, **kwargs)
-        check_decoder_name(name)
-        if getattr(kwargs.get("dtype"), "itemsize", 2) == 1:
-            raise ValueError(
-                f"{name}: nothing computes in {kwargs['dtype']}: give dtype=torch.bfloat16, and to save memory "
-                "pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn) afterwards"
-            )
-        pipeline = super().from_pretrained(str(path) if path.is_dir() else name, **kwargs)
-        if pipeline.config.license:
-            _print_license(name, pipeline.config.license)
-        return pipeline
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> Path:
-        """A Hub repository, as a folder: all of it, as its classes are here and need no code from it."""
-        hub = {key: kwargs[key] for key in _HUB_KWARGS if kwargs.get(key) is not None}
-        return download(pretrained_model_name, **hub)
-
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        """As diffusers', with the classes of this package where they are now, whatever a folder calls their modules."""
-        loaded = super().load_config(*args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config["_class_name"] = cls.__name__
-        for name, value in config.items():
-            if _is_ours(value):
-                config[name] = [getattr(pixeldecoder, value[1]).__module__, value[1]]
-        return loaded
-
-    def to_json_string(self) -> str:
-        """As diffusers', with public names of this package's classes, which outlive a move of its files."""
-        config = json.loads(super().to_json_string())
-        for name, value in config.items():
-            if _is_ours(value):
-                config[name] = ["pixeldecoder", value[1]]
-        config["_class_name"] = ["pipeline", "PixelDecoderPipeline"]
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """model_index.json, and the module that it names, for
-        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "pipeline.py").write_text("from pixeldecoder import PixelDecoderPipeline  # noqa: F401\n")
-        super().save_config(save_directory, *args, **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDecoderPipeline":
-        """As diffusers', with the same `prompt_encoder`."""
-        new = super().from_pipe(pipeline, **kwargs)
-        new.prompt_encoder = getattr(pipeline, "prompt_encoder", new.prompt_encoder)
-        return new
-
-    @classmethod
-    def from_single_file(
-        cls, path: str | Path, preset: str | None = None, dtype: torch.dtype | None = None, **overrides
-    ) -> "PixelDecoderPipeline":
-        """Load a checkpoint in the reference's format; see `pixeldecoder.convert.load_reference_model`.
-
-        Weights in float8, in which nothing computes, come as bfloat16 unless `dtype` says otherwise.
-        """
-        path = Path(path).expanduser()
-        transformer = load_reference_model(path, preset, dtype, **overrides)
-        if any(parameter.dtype.itemsize == 1 for parameter in transformer.parameters()):
-            transformer.to(torch.bfloat16)
-        settings = file_settings(path, preset, is_prior=transformer.adapter is None)
-        check_arguments(cls, settings, path)
-        if "default_num_inference_steps" not in settings:
-            logger.warning(f"{path}: nothing tells how it is sampled: taken for a student of 1 to 4 steps")
-        if settings.get("license"):
-            _print_license(str(path), settings["license"])
-        return cls(transformer, **settings)
+        self._calls: dict[int, Call] = {}  # the last one of each thread
 
     @torch.no_grad()
     def __call__(
@@ -370,16 +233,11 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
                 )  # fmt: skip
 
                 steps = sample(network, image, scheduler, generator)
-                with suppress(_Interrupted):
-                    step, timestep, image = next(steps)
-                    while True:
+                with suppress(Interrupted):
+                    for step, timestep, image in steps:
                         if callback_on_step_end is not None:
                             tensors = {"image": image} if wants_image else {}
-                            image = (callback_on_step_end(self, step, timestep, tensors) or {}).get("image", image)
-                        try:
-                            step, timestep, image = steps.send(image)
-                        except StopIteration:
-                            break
+                            image.copy_((callback_on_step_end(self, step, timestep, tensors) or {}).get("image", image))
 
         del network, steps
         image = image[..., : size[0], : size[1]]
@@ -521,68 +379,6 @@ class PixelDecoderPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # the mixin
         else:
             images = images[:, :height, :width] if isinstance(images, np.ndarray) else images[..., :height, :width]
         return ImagePipelineOutput(images=images) if kwargs.get("return_dict", True) else (images,)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._read_call().guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._read_call().num_timesteps
-
-    @property
-    def layout(self) -> Plan | None:
-        """How the last call was cut into tiles and chunks."""
-        return self._read_call().layout
-
-    @property
-    def interrupt(self) -> bool:
-        return self._read_call().interrupt
-
-    # The names that diffusers' callbacks assign to; here each call has its own, so that threads do not meet.
-    @property
-    def _guidance_scale(self) -> float:
-        return self.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        for call in self._addressed_calls():
-            call.guidance_scale = value
-
-    @property
-    def _interrupt(self) -> bool:
-        return self.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        for call in self._addressed_calls():
-            call.interrupt = value
-
-    @contextmanager
-    def _running(self, guidance_scale: float | None, num_timesteps: int) -> Iterator[_Call]:
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(float(guidance_scale)):
-            raise ValueError(f"expected a guidance_scale such as 5, got {guidance_scale!r}")
-        call = self._calls[threading.get_ident()] = _Call(float(guidance_scale), num_timesteps)
-        try:
-            yield call
-        finally:
-            call.running = False
-
-    def _read_call(self) -> _Call:
-        """This thread's last call, or if it made none the last of another."""
-        calls = dict(self._calls)
-        if not calls:
-            raise AttributeError("no call yet")
-        return calls.get(threading.get_ident()) or list(calls.values())[-1]
-
-    def _addressed_calls(self) -> list[_Call]:
-        """The call that runs in this thread; from a thread without one, all that run."""
-        calls = dict(self._calls)
-        running = [call for call in calls.values() if call.running]
-        own = calls.get(threading.get_ident())
-        return [own] if own in running else running
 
     def guides(self, guidance_scale: float | None = None) -> bool:
         """Whether a step at this scale, by default the decoder's own, takes a pass without the prompt."""
@@ -748,23 +544,6 @@ def _described(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _is_ours(value: Any) -> bool:
-    """Whether a pipeline's configuration names, as [module, class], a public class of this package."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and value[1] in pixeldecoder.__all__
-
-
-@contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """Without diffusers' progress bars."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _tell_plan(layout: Plan) -> None:
     """Once for each size and way of cutting it, in a process: the memory moves from call to call."""
     told = layout.height, layout.width, layout.tiles, layout.chunk_size
@@ -774,33 +553,3 @@ def _tell_plan(layout: Plan) -> None:
 
 
 _TOLD: set[tuple] = set()
-
-
-@functools.cache
-def _print_license(name: str, license: str) -> None:
-    """Once for each checkpoint and process."""
-    logger.warning(f"{name}: {license}")
-
-
-def file_settings(path: str | Path, preset: str | None, is_prior: bool) -> dict[str, Any]:
-    """Arguments of the pipeline of a checkpoint file, its scheduler among them: what the file tells if we wrote it and
-    no preset is named, else those of the release that it is, or is sampled like; else a student's scheduler alone.
-
-    Raises:
-        ValueError: as `pipeline_settings` and `find_preset`.
-    """
-    if not preset and (settings := pipeline_settings(path)):
-        return settings
-    known = find_preset(path, preset)
-    like = known or sampled_like(path, is_prior)
-    if like is None:
-        return {"scheduler": FlowMatchLCMScheduler(shift=1.0)}
-    settings = {
-        "scheduler": FlowMatchLCMScheduler(shift=1.0) if like.distilled else teacher_scheduler(),
-        "default_num_inference_steps": like.num_inference_steps,
-        "default_guidance_scale": like.guidance_scale,
-        "default_negative_prompt": like.negative_prompt,
-    }
-    if known is not None:
-        settings |= dict(latent_space=known.latent_space, trained_size=known.trained_size, license=RELEASED_LICENSE)
-    return settings

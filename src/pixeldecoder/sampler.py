@@ -1,7 +1,7 @@
 """A network with what it is told, noise and a scheduler in; the image after each step out."""
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
@@ -76,8 +76,8 @@ def sample(
     image: torch.Tensor,
     scheduler: SchedulerMixin,
     generator: torch.Generator | list[torch.Generator] | None,
-) -> Generator[tuple[int, torch.Tensor, torch.Tensor], torch.Tensor, None]:
-    """Steps from noise (B, 3, H, W), float32, to an image; what is sent takes the place of the image of a step.
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Steps from noise (B, 3, H, W), float32, to an image; the next step goes on from what is written into one's image.
 
     Args:
         velocity: of an image at a time in [0, 1].
@@ -96,7 +96,7 @@ def sample(
         else:
             image = scheduler.step(v, timestep, image, return_dict=False)[0]
         del v
-        image = yield step, timestep, image
+        yield step, timestep, image
 
 
 def teacher_scheduler() -> DPMSolverMultistepScheduler:

@@ -73,9 +73,10 @@ def test_bounds_of_the_command_and_of_yaml(tmp_path, capsys, monkeypatch):
 def test_the_recipes_are_in_bounds():
     for stage in RECIPES.values():
         for recipe in stage.values():
-            check(recipe())
-    check(Teacher(optimizer=Optimizer(max_grad_norm=None)))  # no clipping
-    check(Teacher(noise_probability=0.0, max_sigma=1.0, validate_every=0, seed=2**63 - 1))  # the ends are in them
+            assert check(recipe()) is None
+    assert check(Teacher(optimizer=Optimizer(max_grad_norm=None))) is None  # no clipping
+    ends = Teacher(noise_probability=0.0, max_sigma=1.0, validate_every=0, seed=2**63 - 1)
+    assert check(ends) is None
 
 
 def every_setting(kind: type):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma, source_facts
 from pixeldecoder.errors import naming
-from pixeldecoder.presets import told_config
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +41,10 @@ class Decode(FilesToImages):
         from pixeldecoder import files
 
         check_sigma(self.sigma)
-        jobs = self.prepare(files.LATENT_SUFFIXES, files.inspect_latents, lambda head: head[0][0])
-        if config := told_config(self.decoder):
-            jobs.check(lambda job: _decoded_size(job, config))
-        if not jobs.jobs:
-            return jobs.finish()
-        pipeline = self.load(loras=self.lora)
-        jobs.check(lambda job: _decoded_size(job, pipeline.transformer.config))
+        started = self.start(files.LATENT_SUFFIXES, files.inspect_latents, _decoded_size, lambda head: head[0][0])
+        if started is None:
+            return
+        jobs, pipeline = started
         kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
 
         def make(job: "Job") -> None:
@@ -118,6 +114,13 @@ def _decoded_size(job: "Job", config: Mapping[str, Any]) -> tuple[int, int]:
     return scale * width, scale * height
 
 
+def _enlarged_size(job: "Job", config: Mapping[str, Any]) -> None:
+    """Raises ValueError if what a picture becomes is too large for the output's format."""
+    from pixeldecoder.files import check_image_size
+
+    check_image_size(job.targets[0], *(config.get("scale", 4) * side for side in job.head))
+
+
 def _picture_size(path: Path) -> tuple[int, int]:
     """Of a picture that can be encoded; raises ValueError for what its head says of one that cannot."""
     from pixeldecoder import pictures
@@ -158,20 +161,13 @@ class Upscale(FilesToImages):
         from pixeldecoder import files, pictures
 
         check_sigma(self.sigma)
-        jobs = self.prepare(pictures.SUFFIXES, _picture_size)
-
-        def check_size(job: "Job", config: Mapping[str, Any]) -> None:
-            files.check_image_size(job.targets[0], *(config.get("scale", 4) * side for side in job.head))
-
-        if config := told_config(self.decoder):
-            jobs.check(lambda job: check_size(job, config))
-        if not jobs.jobs:
-            return jobs.finish()
+        started = self.start(pictures.SUFFIXES, _picture_size, _enlarged_size)
+        if started is None:
+            return
+        jobs, pipeline = started
 
         from pixeldecoder.execution import image_encoder
 
-        pipeline = self.load(loras=self.lora)
-        jobs.check(lambda job: check_size(job, pipeline.transformer.config))
         encoder = image_encoder(self.encoder, pipeline)
         kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
 

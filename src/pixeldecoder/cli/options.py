@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from pixeldecoder.hub import cache_folder, is_hub_id
-from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name
+from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name, told_config
 
 if TYPE_CHECKING:
     import torch
 
-    from pixeldecoder.cli.jobs import Jobs
+    from pixeldecoder.cli.jobs import Job, Jobs
     from pixeldecoder.execution import Execution
     from pixeldecoder.pipeline import PixelDecoderPipeline
     from pixeldecoder.plan import Limits
@@ -148,9 +148,6 @@ class Pictures(Decoder):
     """Set by `redo`: of the only picture of a batch that is wanted."""
     recorded: ClassVar[dict[str, Any]] = {}
     """Set by `redo`: what the picture says already, which shall not change by what has been moved since."""
-
-    def run(self) -> None:
-        raise NotImplementedError
 
     def inputs(self) -> Iterator[Path]:
         """Files that options name, none of which may be overwritten."""
@@ -288,10 +285,19 @@ class FilesToImages(Text, Pictures):
     """A LoRA of the decoder: a file, a folder or a Hub id, with a strength if it is not 1. May be given several times,
     and they add up."""
 
-    def prepare(
-        self, suffixes: tuple[str, ...], head: Callable[[Path], Any], count: Callable[[Any], int] = lambda head: 1
-    ) -> "Jobs":
-        """Each input with its outputs, after everything that can be checked without a decoder; see `Jobs`."""
+    def start(
+        self,
+        suffixes: tuple[str, ...],
+        head: Callable[[Path], Any],
+        check_size: Callable[["Job", Mapping[str, Any]], Any],
+        count: Callable[[Any], int] = lambda head: 1,
+    ) -> "tuple[Jobs, PixelDecoderPipeline] | None":
+        """The inputs with their outputs, see `Jobs`, and the decoder, loaded after all that can be told without it;
+        `None` if nothing is to be made.
+
+        Args:
+            check_size: of what an input becomes, by the network's configuration; raises ValueError.
+        """
         from pixeldecoder.cli.jobs import Jobs
         from pixeldecoder.files import IMAGE_SUFFIXES, check_target
 
@@ -305,9 +311,17 @@ class FilesToImages(Text, Pictures):
             check_target(self.save_prompt_embeds, (".safetensors",), self.overwrite, inputs)
         if self.index is not None:
             count = lambda head: 1  # noqa: E731
-        return Jobs(
+        jobs = Jobs(
             self.source, self.output, suffixes, IMAGE_SUFFIXES, self.format, self.overwrite, head, count, inputs
         )
+        if config := told_config(self.decoder):
+            jobs.check(lambda job: check_size(job, config))
+        if not jobs.jobs:
+            jobs.finish()
+            return None
+        pipeline = self.load(loras=self.lora)
+        jobs.check(lambda job: check_size(job, pipeline.transformer.config))
+        return jobs, pipeline
 
 
 def check_sigma(sigma: float | None) -> None:

@@ -12,7 +12,7 @@ from pixeldecoder import __version__
 from pixeldecoder.cli.decode import Decode, Upscale
 from pixeldecoder.cli.demo import Demo
 from pixeldecoder.cli.generate import Generate
-from pixeldecoder.cli.options import OUTPUTS, Pictures, lora_and_strength, word
+from pixeldecoder.cli.options import OUTPUTS, lora_and_strength, word
 from pixeldecoder.cli.parsing import parse
 from pixeldecoder.errors import naming
 from pixeldecoder.files import (
@@ -24,7 +24,8 @@ from pixeldecoder.files import (
     read_made,
 )
 
-COMMANDS: dict[str, type[Pictures]] = {kind.__name__.lower(): kind for kind in (Decode, Upscale, Generate, Demo)}
+Command = Decode | Upscale | Generate | Demo
+COMMANDS: dict[str, type[Command]] = {kind.__name__.lower(): kind for kind in (Decode, Upscale, Generate, Demo)}
 """What makes pictures that say how."""
 FILES = ("source", "decoder", "encoder", "model", "lora", "prompt_embeds", "text_encoder")
 """Options that may name a file or folder."""
@@ -102,7 +103,7 @@ class Redo:
         vars(command).update(recorded=made, index=made.get("index"))
         command.run()
 
-    def _command(self, made: dict[str, Any], output: Path) -> Pictures:
+    def _command(self, made: dict[str, Any], output: Path) -> Command:
         """As if it had been typed: what a picture says is checked as what people type is, and may be a stranger's."""
         kind = COMMANDS.get(str(made.get("command")))
         if kind is None:
@@ -130,7 +131,7 @@ class Redo:
                 args += [option] if value is True else [f"{option}={one}" for one in values]
         return parse(kind, [*files, *args, "--overwrite"], f"pixeldecoder {made['command']}")
 
-    def _check(self, made: dict[str, Any], command: Pictures) -> None:
+    def _check(self, made: dict[str, Any], command: Command) -> None:
         from pixeldecoder import provenance
 
         source = getattr(command, "source", None)

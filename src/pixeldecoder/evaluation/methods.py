@@ -22,8 +22,9 @@ from pixeldecoder.convert import read_reference
 from pixeldecoder.errors import require
 from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
 from pixeldecoder.latents import SPACES
+from pixeldecoder.loading import file_settings
 from pixeldecoder.pictures import SUFFIXES, read, to_image, to_tensor
-from pixeldecoder.pipeline import PixelDecoderPipeline, file_settings
+from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.presets import HUB_REPOSITORY, NANO, PRESETS
 
 BASELINES = ("bicubic", "lanczos", "vae", "upscale:FOLDER_OR_HUB_ID", "spandrel:FILE")

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import FlowMatchLCMScheduler
 from torch.nn.utils import parametrize
 
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, clean, guided, noised
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
-from pixeldecoder.pipeline import FlowMatchLCMScheduler, PixelDecoderPipeline
+from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training import losses
 from pixeldecoder.training.config import Student
