@@ -200,8 +200,7 @@ class Photos:
         self.names, self.images = [], []
         for record in source.items:
             try:
-                with record.open() as opened:
-                    pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1).to(device)
+                pixels = torch.from_numpy(np.array(record.open())).permute(2, 0, 1).to(device)
             except UNREADABLE as error:
                 source.skipped.add(record.name, error)
                 continue

@@ -58,6 +58,7 @@ class Setting:
         for count in range(1, len(parts) + 1):
             name = Path(*parts[-count:])
             yield f"VAE + {name.with_suffix('')}" if kind else str(name)
+        yield self.method  # "." has no parts
 
     def __str__(self) -> str:
         parts = [
