@@ -572,3 +572,8 @@ def test_the_home_folder(monkeypatch, tmp_path):
     assert main(["decode", *words]) == 0
     home = str(tmp_path)
     assert seen == [f"{home}/z.npy", f"--decoder={home}/dec", "--lora", f"{home}/a:0.5", *words[4:]]
+
+
+def test_a_command_line_is_read_without_numpy():
+    code = "import sys, pixeldecoder.cli; sys.exit(bool({'numpy', 'PIL', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -15,14 +15,6 @@ from pixeldecoder.cli.generate import Generate
 from pixeldecoder.cli.options import OUTPUTS, lora_and_strength, word
 from pixeldecoder.cli.parsing import parse
 from pixeldecoder.errors import naming
-from pixeldecoder.files import (
-    IMAGE_SUFFIXES,
-    LATENT_SUFFIXES,
-    check_target,
-    inspect_latents,
-    load_latents,
-    read_made,
-)
 
 Command = Decode | Upscale | Generate | Demo
 COMMANDS: dict[str, type[Command]] = {kind.__name__.lower(): kind for kind in (Decode, Upscale, Generate, Demo)}
@@ -42,6 +34,8 @@ class Info:
     """A picture that pixeldecoder wrote (.png, .webp, .jpg), or latents (.safetensors, .npy, .pt, .latent)."""
 
     def run(self) -> None:
+        from pixeldecoder.files import IMAGE_SUFFIXES, LATENT_SUFFIXES, read_made
+
         if self.file.suffix.lower() in LATENT_SUFFIXES:
             told = _about_latents(self.file)
         elif self.file.suffix.lower() in IMAGE_SUFFIXES:
@@ -56,6 +50,8 @@ class Info:
 
 
 def _about_latents(path: Path) -> dict[str, Any]:
+    from pixeldecoder.files import inspect_latents, load_latents
+
     shape, size = inspect_latents(path)
     latents = load_latents(path)
 
@@ -94,6 +90,8 @@ class Redo:
     """Replace the output if it is there."""
 
     def run(self) -> None:
+        from pixeldecoder.files import IMAGE_SUFFIXES, check_target, read_made
+
         made = read_made(self.picture)
         output = self.output or self.picture.with_stem(f"{self.picture.stem}_redo")
         check_target(output, IMAGE_SUFFIXES, self.overwrite, [self.picture])
