@@ -44,7 +44,8 @@ ENCODER_TENSORS = {
     "AutoencoderTiny": 5,
     "TinyLatentEncoder": 5,
 }
-"""Of how many tensors of a stage's width and size an encoder's peak is, as measured on a CPU."""
+"""At most so many tensors of a stage's width and size an encoder holds. Measured at 768 px on a CPU, in the order above:
+4.3, 5.0, 13.1, 4.1 and 2.4."""
 
 
 @dataclass(frozen=True)
