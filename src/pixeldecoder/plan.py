@@ -44,7 +44,7 @@ ENCODER_TENSORS = {
     "AutoencoderTiny": 5,
     "TinyLatentEncoder": 5,
 }
-"""At most so many tensors of a stage's width and size an encoder holds. Measured at 768 px on a CPU, in the order above:
+"""How many tensors of a stage's width and size an encoder holds at most. Measured at 768 px on a CPU, in this order:
 4.3, 5.0, 13.1, 4.1 and 2.4."""
 
 
