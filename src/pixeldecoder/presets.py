@@ -48,7 +48,6 @@ class Preset:
         return f"checkpoints/{self.name}/model_ema_bf16.pth"
 
 
-V1: dict[str, Any] = {}  # the model's defaults
 V1_5 = dict(
     adapter_dim=1024,
     adapter_padding_mode="replicate",
@@ -63,14 +62,14 @@ _SIGLIP = dict(latent_channels=1152, latent_downscale_factor=16, scale=8)
 
 
 def _presets() -> dict[str, Preset]:
-    students = {
-        "PiD_res2k_sr4x_official_flux_distill_4step": ("flux", V1),
-        "PiD_res2k_sr4x_official_sd3_distill_4step": ("sd3", V1),
-        "PiD_res2k_sr4x_official_flux2_distill_4step": ("flux2", V1 | _FLUX2),
-        "PiD_res2k_sr4x_official_dinov2_distill_4step": ("dinov2", V1 | _DINOV2),
-        "PiD_res2k_sr8x_official_siglip_distill_4step": ("siglip", V1 | _SIGLIP),
-        "PiD_res2kto4k_sr4x_official_sd3_distill_4step": ("sd3", V1),
-        "PiD_res2kto4k_sr4x_official_sdxl_distill_4step": ("sdxl", V1 | dict(latent_channels=4)),
+    students: dict[str, tuple[str, dict[str, Any]]] = {  # v1 has the model's defaults
+        "PiD_res2k_sr4x_official_flux_distill_4step": ("flux", {}),
+        "PiD_res2k_sr4x_official_sd3_distill_4step": ("sd3", {}),
+        "PiD_res2k_sr4x_official_flux2_distill_4step": ("flux2", _FLUX2),
+        "PiD_res2k_sr4x_official_dinov2_distill_4step": ("dinov2", _DINOV2),
+        "PiD_res2k_sr8x_official_siglip_distill_4step": ("siglip", _SIGLIP),
+        "PiD_res2kto4k_sr4x_official_sd3_distill_4step": ("sd3", {}),
+        "PiD_res2kto4k_sr4x_official_sdxl_distill_4step": ("sdxl", dict(latent_channels=4)),
         "PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step": ("flux", V1_5),
         "PiD_v1pt5_res2kto4k_sr4x_official_flux2_distill_4step": ("flux2", V1_5 | _FLUX2 | dict(unpack_latents=True)),
         "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_distill_4step": ("qwenimage", V1_5),

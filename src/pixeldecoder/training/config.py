@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -249,21 +250,6 @@ class Student(Conditioned):
     """int8: quantised weights; offload: its weights stay in the CPU's memory (FSDP2)."""
 
 
-def paper_prior() -> Prior:
-    """20k steps at batch 128 (paper, Training)."""
-    return Prior(repa_weight=0.5)
-
-
-def paper_teacher() -> Teacher:
-    """30k steps at batch 64, the adapter alone."""
-    return Teacher()
-
-
-def paper_student() -> Student:
-    """3k steps at batch 16."""
-    return Student()
-
-
 def nano_teacher() -> Teacher:
     """A small decoder from scratch, on a small folder of photos, for hours on one GPU."""
     return Teacher(
@@ -295,9 +281,9 @@ def nano_student() -> Student:
 
 
 RECIPES: dict[str, dict[str, Callable[[], Run]]] = {
-    "prior": {"paper": paper_prior},
-    "teacher": {"paper": paper_teacher, "nano": nano_teacher},
-    "student": {"paper": paper_student, "nano": nano_student},
+    "prior": {"paper": partial(Prior, repa_weight=0.5)},  # else all defaults are the paper's
+    "teacher": {"paper": Teacher, "nano": nano_teacher},
+    "student": {"paper": Student, "nano": nano_student},
 }
 
 
