@@ -1,16 +1,16 @@
 """Photos in, the bundled nano weights out, one command for each stage:
 
     python recipes/nano.py encoder --data TRAIN --minutes 8
-    python recipes/nano.py base --data TRAIN --minutes 90
-    python recipes/nano.py adapter --data TRAIN --minutes 44
+    python recipes/nano.py base --data TRAIN --minutes 35
+    python recipes/nano.py cascade --data TRAIN --minutes 30
+    python recipes/nano.py photo --data TRAIN --minutes 30
     python recipes/nano.py teacher --data TRAIN --minutes 12
-    python recipes/nano.py student --data TRAIN --minutes 34 --squeezenet squeezenet1_0.safetensors
-    python recipes/nano.py polish --data TRAIN --minutes 84 --squeezenet squeezenet1_0.safetensors
+    python recipes/nano.py student --data TRAIN --minutes 30
     python recipes/nano.py bundle --data EVAL
 
-each with `--taef1 taef1_encoder.safetensors` (`base` makes a decoder that `bundle` does not use yet). Each writes its
-part under `--out`, and goes on from its last checkpoint when it is called again, so that `--piece 9` cuts a stage into
-calls of nine minutes. `baseline` writes TAEF1 as a folder to evaluate against. What came of it, what was tried, and
+each with `--weights FOLDER`, where the networks that it learns from lie under their own names. Each writes its part
+under `--out`, and goes on from its last checkpoint when it is called again, so that `--piece 9` cuts a stage into calls
+of nine minutes. `baseline` writes the autoencoder as a folder to evaluate against. What came of it, what was tried, and
 the minutes meant for a GPU are told in docs/nano.md.
 """
 
@@ -32,11 +32,10 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny, FlowMatchLCMScheduler
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from teachers import EfficientNetLite, RealESRGAN
 from torch import nn
 from tqdm import tqdm
 
@@ -44,6 +43,7 @@ from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
 from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
+from pixeldecoder.models.base import LatentDecoder
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -64,10 +64,10 @@ NANO = dict(
     num_pixel_layers=1, pixel_dim=8, num_pixel_attention_heads=2, pixel_attention_head_dim=32,
     latent_channels=16, latent_downscale_factor=8, scale=4, adapter_dim=160, num_adapter_layers=4,
     adapter_padding_mode="replicate", injection_interval=1, per_channel_gate=False, inject_pixels=True,
-    aux_rgb=True, aux_rgb_base=True, prediction_type="sample", rope_reference_size=512,
+    base_dim=64, prediction_type="sample", rope_reference_size=512,
 )  # fmt: skip
-BASE = ("convs.", "aux_rgb_head.")
-"""The adapter's parts that make the base. It stays as it is until it is polished: the rest learns what is missing."""
+CASCADE = 16
+"""Side in latent cells of the crops whose picture by TAEF1 and Real-ESRGAN is kept."""
 CELL = 32
 """Pixels of a photo to a latent cell."""
 VARIED = {6: (0.35, 16 / 9), 8: (0.4, 1), 12: (0.2, 4 / 9), 16: (0.05, 1 / 4)}
@@ -76,9 +76,9 @@ VARIED = {6: (0.35, 16 / 9), 8: (0.4, 1), 12: (0.2, 4 / 9), 16: (0.05, 1 / 4)}
 
 @dataclass(kw_only=True)
 class Weights:
-    """Of the terms of the student's loss; 0: neither computed nor trained for."""
+    """Of the terms of the photo's and the student's loss; 0: neither computed nor trained for."""
 
-    pixel: float = 4.0
+    pixel: float = 1.0
     perceptual: float = 1.0
     gan: float = 0.03
     vsd: float = 0.1
@@ -89,19 +89,21 @@ class Config:
     """One call."""
 
     stage: tyro.conf.Positional[
-        Literal["encoder", "base", "adapter", "teacher", "student", "polish", "bundle", "baseline"]
+        Literal["encoder", "base", "cascade", "photo", "teacher", "student", "bundle", "baseline"]
     ]
     data: Path = Path()
     """Folder of photos: to train on, or, to bundle, those of EVAL."""
-    taef1: Path
-    """TAEF1 encoder (madebyollin/taef1, MIT), .safetensors, its decoder beside it."""
+    weights: Path
+    """Folder of taef1_encoder, taef1_decoder (madebyollin/taef1, MIT), realesrgan_x4plus (BSD-3), squeezenet1_0 and
+    efficientnet_lite0, all .safetensors."""
     minutes: float = 60.0
     """Of training, over all calls; the learning rates fall to nothing over them. On a CPU those that it computes."""
     piece: float = math.inf
     """Minutes until this call ends, with a checkpoint."""
-    squeezenet: Path | None = None
-    """ImageNet SqueezeNet 1.0, .safetensors, which the student's perceptual and adversarial terms look through."""
-    weights: Weights = field(default_factory=Weights)
+    terms: Weights = field(default_factory=Weights)
+    """What the terms of the last stages count."""
+    crops: int = 180
+    """How many the cascade's picture is made of, at about 5 s each on a CPU's thread."""
     out: Path = Path("outputs/nano")
     resolution: int = 512
     """Of the pictures to validate on; photos with a shorter side are left out."""
@@ -124,7 +126,9 @@ class Nano(Conditioned):
     own_encoder: str = ""
     """That of the first stage, beside TAEF1's."""
     teacher: str = ""
-    squeezenet: Path | None = None
+    networks: Path = Path()
+    """Folder of those it learns from."""
+    crops: int = 180
     weights: Weights = field(default_factory=Weights)
 
 
@@ -135,16 +139,14 @@ def configure(config: Config) -> Nano:
         return str(config.out / stage)
 
     stage, cpu = config.stage, config.device == "cpu" or not torch.cuda.is_available()
-    starts, distils = {"teacher": "adapter", "student": "teacher", "polish": "student"}, stage in ("student", "polish")
-    if distils and config.squeezenet is None:
-        raise ValueError(f"{stage}: expected --squeezenet squeezenet1_0.safetensors")
+    starts = {"cascade": "base", "photo": "cascade", "teacher": "photo", "student": "teacher"}
     crops = config.batch_size or (8 if cpu else 32)
     return Nano(
         data=Data(source=str(config.data), resolution=config.resolution),
         encoder=str(config.out / "taef1"),
         own_encoder="" if stage in ("encoder", "base") else made_by("encoder"),
         model=made_by(starts[stage]) if stage in starts else "",
-        teacher=made_by("teacher") if distils else "",
+        teacher=made_by("teacher") if stage == "student" else "",
         latent_space="flux",
         output=config.out / f"{stage}_training",
         export=config.out / stage,
@@ -153,18 +155,19 @@ def configure(config: Config) -> Nano:
         steps=10**6,  # the minutes are over before
         batch_size=crops,
         micro_batch_size=crops,
-        ema_decay={"encoder": 0.0, "base": 0.998, "adapter": 0.0}.get(stage, 0.995),
+        ema_decay={"encoder": 0.0, "base": 0.998}.get(stage, 0.995),
         # CPUs without instructions for bfloat16 are slower in it.
         precision="float32" if cpu and not torch.cpu._is_avx512_bf16_supported() else "bfloat16",
         compile=not cpu,
         device=config.device,
         seed=config.seed,
         log_every=50,
-        validate_every=0 if stage in ("encoder", "base") else 500,  # no pipeline takes what these make
+        validate_every=0 if stage == "encoder" else 500,  # no pipeline takes what it makes
         checkpoint_every=100,
         tracker="none",
-        squeezenet=config.squeezenet,
-        weights=config.weights,
+        networks=config.weights,
+        crops=config.crops,
+        weights=config.terms,
     )
 
 
@@ -187,6 +190,8 @@ class Crops(Batch):
     """Of each encoder, (B, 16, H/32, W/32)."""
     inside: torch.Tensor
     """(B, 1, H/32, W/32): 0 in outermost cells whose latents depend on what was cut away, else 1."""
+    cascade: torch.Tensor | None = None
+    """What TAEF1 and Real-ESRGAN make of the latents, (B, 3, H, W) in [-1, 1], in the stage that learns it."""
 
 
 class Photos:
@@ -226,18 +231,38 @@ class Photos:
             write_whole(path, lambda file: torch.save(kept, file))
         return [tensor.to(image.device) for tensor, image in zip(kept["made"], self.images, strict=True)]
 
-    def crops(self, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
-        """Squares of so many latent cells, drawn by area; edges of a photo are met as often as its inside."""
+    def cascade(self, path: Path, count: int, seed: int, make: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple]:
+        """The places of `count` crops of `CASCADE` cells and `make` of their latents, (3, H, W) of bytes; kept."""
+        key = f"{count}, {seed}, {self.names}"
+        kept = torch.load(path, weights_only=True) if path.exists() else None
+        if kept is None or kept["of"] != key:
+            places = self.places(CASCADE, count, Random(f"{seed}/cascade"))
+            cuts = [self.latents[0][index][None, :, y : y + CASCADE, x : x + CASCADE] for index, y, x in places]
+            made = [make(cut.float()) for cut in tqdm(cuts, desc=str(path), dynamic_ncols=True)]
+            made = [(127.5 * image[0].clamp(-1, 1) + 127.5).round().to(torch.uint8).cpu() for image in made]
+            kept = {"of": key, "made": list(zip(places, made, strict=True))}
+            write_whole(path, lambda file: torch.save(kept, file))
+        return kept["made"]
+
+    def places(self, cells: int, count: int, rng: Random) -> list[tuple[int, int, int]]:
+        """Squares of so many latent cells, picture, top and left, drawn by area; edges of a photo are met as often as
+        its inside."""
         sizes = [latents.shape[1:] for latents in self.latents[0]]
-        places, inside = [], torch.ones(len(samples), 1, cells, cells, device=self.images[0].device)
         areas = [math.prod(size) if min(size) >= cells else 0 for size in sizes]
-        for mask, index in zip(inside, rng.choices(range(len(sizes)), areas, k=len(samples)), strict=True):
-            y, x = (min(max(rng.randint(-1, side - cells + 1), 0), side - cells) for side in sizes[index])
+        drawn = rng.choices(range(len(sizes)), areas, k=count)
+        return [
+            (i, *(min(max(rng.randint(-1, side - cells + 1), 0), side - cells) for side in sizes[i])) for i in drawn
+        ]
+
+    def crops(self, cells: int, places: list[tuple[int, int, int]], samples: list[int], position: int) -> Crops:
+        """Pictures and latents of squares of so many cells."""
+        inside = torch.ones(len(places), 1, cells, cells, device=self.images[0].device)
+        for mask, (index, y, x) in zip(inside, places, strict=True):
+            height, width = self.latents[0][index].shape[1:]
             mask[:, 0] *= y == 0
-            mask[:, -1] *= y + cells == sizes[index][0]
+            mask[:, -1] *= y + cells == height
             mask[:, :, 0] *= x == 0
-            mask[:, :, -1] *= x + cells == sizes[index][1]
-            places.append((index, y, x))
+            mask[:, :, -1] *= x + cells == width
 
         def cut(tensors: list[torch.Tensor], unit: int) -> torch.Tensor:
             parts = [tensors[n][:, unit * y :, unit * x :][:, : unit * cells, : unit * cells] for n, y, x in places]
@@ -297,7 +322,10 @@ class NanoStage:
             cells = rng.choices(list(sizes), shares)[0]
             count = max(1, round(config.micro_batch_size * sizes[cells][1]))
             first = 2 * config.micro_batch_size * number  # no size has more crops than that
-            yield photos.crops(cells, list(range(first, first + count)), rng, step + 1)
+            yield self.draw(photos, cells, list(range(first, first + count)), rng, step + 1)
+
+    def draw(self, photos: Photos, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
+        return photos.crops(cells, photos.places(cells, len(samples), rng), samples, position)
 
     def model_update(self, step: int) -> int:
         return step
@@ -326,41 +354,6 @@ class EncoderStage(NanoStage):
         return {"latents": (batch.inside * difference.square()).mean() / batch.inside.mean()}
 
 
-class BaseDecoder(ModelMixin, ConfigMixin):
-    """Latents and their sigma to the small image: TAESD's shape (MIT), with a bias for sigma at every size.
-
-    Args:
-        latent_channels: C of the latents.
-        dim: width of every convolution.
-        num_blocks: residual blocks at 1/8, 1/4, 1/2 and 1/1 of the small image's size.
-    """
-
-    @register_to_config
-    def __init__(self, latent_channels: int = 16, dim: int = 64, num_blocks: tuple[int, ...] = (3, 3, 3, 1)):
-        super().__init__()
-        self.conv_in = nn.Conv2d(latent_channels, dim, 3, padding=1)
-        self.sigma_embed = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim * len(num_blocks)))
-        nn.init.zeros_(self.sigma_embed[2].weight)
-        nn.init.zeros_(self.sigma_embed[2].bias)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(AutoencoderTinyBlock(dim, dim, "relu") for _ in range(count))) for count in num_blocks
-        )
-        self.convs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, bias=False) for _ in num_blocks[1:])
-        self.to_small = nn.Conv2d(dim, 3, 3, padding=1)
-
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, C, h, w) and (B,) -> the small image (B, 3, 8h, 8w) in [-1, 1], and what each stage made on the way."""
-        x = F.relu(self.conv_in(torch.tanh(latents / 3) * 3))
-        biases = self.sigma_embed(sigma[:, None])[..., None, None].chunk(len(self.stages), dim=1)
-        features = []
-        for index, (stage, bias) in enumerate(zip(self.stages, biases, strict=True)):
-            x = stage(x + bias)
-            features.append(x)
-            if index < len(self.convs):
-                x = self.convs[index](F.interpolate(x, scale_factor=2, mode="nearest"))
-        return self.to_small(x).mul(2).sub(1), features
-
-
 def taef1_features(decoder: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """TAEF1's picture in [-1, 1] and its features before each upsampling and at the end."""
     x, features, last = torch.tanh(latents / 3) * 3, [], None
@@ -371,7 +364,38 @@ def taef1_features(decoder: nn.Module, latents: torch.Tensor) -> tuple[torch.Ten
     return x.mul(2).sub(1), [*features, last]
 
 
-class BaseStage(NanoStage):
+class DecoderStage(NanoStage):
+    """What the stages of the decoder share: half of the latents are TAEF1's, half the own encoder's; noisy as eq. 6."""
+
+    def __init__(self, config: Nano, accelerator: Accelerator, model: PixelDecoderTransformer2DModel, *args):
+        super().__init__(config, accelerator, model, *args)
+        self.conditions = Conditions(config, model, accelerator.device)
+
+    def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
+        size = CELL * max(VARIED)
+        return PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), latent_space="flux", trained_size=size)
+
+    def inputs(self, batch: Crops, random: SampleRandom) -> dict[str, torch.Tensor]:
+        latents = batch.latents[0]
+        if len(batch.latents) > 1:
+            latents = torch.where(random.uniform(1, 1, 1) < 0.5, *batch.latents)
+        sigma = self.config.max_sigma * random.uniform() * (random.uniform() < self.config.noise_probability)
+        return dict(latents=add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma=sigma)
+
+
+class Trunk(nn.Module):
+    """The base up to the small image."""
+
+    def __init__(self, base: LatentDecoder):
+        super().__init__()
+        self.base = base
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        features = self.base.features(latents, sigma)
+        return self.base.small(features[-1]), features
+
+
+class BaseStage(DecoderStage):
     """The small image, from what TAEF1's decoder makes after each of its stages: dense targets, learnt fast. Noisy
     latents come in as the stage goes on; they are to give what the clean ones do."""
 
@@ -379,7 +403,8 @@ class BaseStage(NanoStage):
     # In small ones every pixel knows the border; what is far from it must be met as well.
 
     def __init__(self, config: Nano, accelerator: Accelerator):
-        super().__init__(config, accelerator, BaseDecoder(), 0.015)
+        model = PixelDecoderTransformer2DModel(**NANO)
+        super().__init__(config, accelerator, model, 0.015, Trunk(model.base))
         taef1 = AutoencoderTiny.from_pretrained(config.encoder).decoder.requires_grad_(False)
         self.taef1 = taef1.to(accelerator.device, memory_format=torch.channels_last)
 
@@ -397,71 +422,82 @@ class BaseStage(NanoStage):
         return terms | {"picture": 20 * (weight * (image.float() - target.float()).square()).mean()}
 
 
-class DecoderStage(NanoStage):
-    """What the stages of the decoder share: half of the latents are TAEF1's, half the own encoder's; noisy as eq. 6."""
+class Judges:
+    """How differently networks see two pictures, moved and shrunk at random: patches and a network's strides that
+    always met in the same way would hide a pattern from it."""
 
-    def __init__(self, config: Nano, accelerator: Accelerator, model: PixelDecoderTransformer2DModel, *args):
-        super().__init__(config, accelerator, model, *args)
-        self.conditions = Conditions(config, model, accelerator.device)
+    def __init__(self, config: Nano, device: torch.device):
+        self.squeezenet = SqueezeNetDistance(config.networks / "squeezenet1_0.safetensors", device)
+        self.efficientnet = EfficientNetLite(config.networks / "efficientnet_lite0.safetensors", device)
 
-    def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
-        size = CELL * max(VARIED)
-        return PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), latent_space="flux", trained_size=size)
+    def __call__(self, image: torch.Tensor, truth: torch.Tensor, rng: Random) -> torch.Tensor:
+        """The mean of SqueezeNet's distance of full-size pictures and that of one of both at any size."""
+        whole = self._distance(self.squeezenet, moved(image, truth, rng))
+        scale = rng.choice([0.5, 0.6, 0.7, 0.85, 1.0])
+        other = rng.choice([self.squeezenet, self.efficientnet, self.efficientnet])
+        pair = [F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True) for x in moved(image, truth, rng)]
+        return (whole + self._distance(other, pair)) / 2
 
-    def inputs(self, batch: Crops, random: SampleRandom) -> dict[str, torch.Tensor]:
-        latents = torch.where(random.uniform(1, 1, 1) < 0.5, *batch.latents)
-        sigma = self.config.max_sigma * random.uniform() * (random.uniform() < self.config.noise_probability)
-        return dict(latents=add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma=sigma)
-
-
-def train_base(model: PixelDecoderTransformer2DModel, trained: bool) -> PixelDecoderTransformer2DModel:
-    for name, parameter in model.adapter.named_parameters():
-        parameter.requires_grad_(trained or not name.startswith(BASE))
-    return model
-
-
-def squared(error: torch.Tensor, patch: int = 16) -> torch.Tensor:
-    """Mean square of each image, (B,), of its neighbours' differences, for edges, of those across patch borders, for
-    seams, and of the means of patches, for colour."""
-    across, down = error.diff(dim=-1), error.diff(dim=-2)
-    seams = across[..., patch - 1 :: patch], down[..., patch - 1 :: patch, :]
-    terms = (error, across, down, *seams, 2 * F.avg_pool2d(error, patch))
-    return sum(x.square().mean(dim=(1, 2, 3)) for x in terms)
+    def _distance(self, network: SqueezeNetDistance | EfficientNetLite, pair: list[torch.Tensor]) -> torch.Tensor:
+        made, real = pair
+        with torch.no_grad():
+            wanted = network.features(real)
+        return self.squeezenet.between(network.features(made), wanted).mean()
 
 
-class AdapterStage(DecoderStage):
-    """The adapter learns to predict the small image, the base of what the decoder puts out: a mean image."""
-
-    def __init__(self, config: Nano, accelerator: Accelerator):
-        model = PixelDecoderTransformer2DModel(**NANO)
-        for name, parameter in model.adapter.named_parameters():
-            parameter.requires_grad_(name.startswith(BASE))
-        super().__init__(config, accelerator, model, 0.03, model.adapter)
-
-    def losses(self, batch: Crops, progress: float) -> Terms:
-        inputs = self.inputs(batch, self.random(batch))
-        grid = tuple(side // NANO["patch_size"] for side in batch.image.shape[2:])
-        prediction = self.network(inputs["latents"], grid, return_aux_rgb=True).aux_rgb
-        return {"rgb": ((1 - inputs["sigma"]) * squared(prediction.float() - shrink(batch.image, 4), 4)).mean()}
+def moved(image: torch.Tensor, truth: torch.Tensor, rng: Random) -> list[torch.Tensor]:
+    """Both without the same few rows and columns at the top and the left."""
+    top, left = rng.randrange(32), rng.randrange(32)
+    return [x[..., top:, left:] for x in (image, truth)]
 
 
-class TeacherStage(DecoderStage):
-    """On top of the base the rest learns by flow matching in x0: that of the velocity, weighted by t^2, lest the few
-    small times rule."""
+class CascadeStage(DecoderStage):
+    """The base at full size: the cascade's picture, in which edges and letters are sharp, a function of the latents
+    that can be learnt; with the photo's means of cells, so that colour and tone are the photo's."""
 
-    crops: ClassVar = VARIED
+    crops: ClassVar = {8: (0.7, 1 / 2), 12: (0.3, 1 / 4)}
 
     def __init__(self, config: Nano, accelerator: Accelerator):
-        super().__init__(config, accelerator, train_base(build_network(config), False), 0.02)
+        model = build_network(config)
+        super().__init__(config, accelerator, model, 0.01, model.base)
+        self.judges, self.kept = Judges(config, accelerator.device), None
+
+    def draw(self, photos: Photos, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
+        if self.kept is None:
+            taef1 = AutoencoderTiny.from_pretrained(self.config.encoder).to(self.accelerator.device).eval()
+            upscaler = RealESRGAN(self.config.networks / "realesrgan_x4plus.safetensors", self.accelerator.device)
+
+            def make(latents: torch.Tensor) -> torch.Tensor:
+                with torch.no_grad(), autocast(latents.device, self.network.autocast):
+                    small = taef1.decode(latents.to(self.accelerator.device)).sample
+                    return upscaler(small.contiguous(memory_format=torch.channels_last)).float()
+
+            path = self.config.output.parent / "cascade.pt"
+            self.kept = photos.cascade(path, self.config.crops, self.config.seed, make)
+        places, pictures = [], []
+        for (index, y, x), picture in rng.choices(self.kept, k=len(samples)):
+            down, right = (rng.randrange(CASCADE - cells + 1) for _ in range(2))
+            places.append((index, y + down, x + right))
+            area = picture[:, CELL * down : CELL * (down + cells), CELL * right : CELL * (right + cells)]
+            pictures.append(area.float() / 127.5 - 1)
+        target = torch.stack(pictures).to(self.accelerator.device)
+        return replace(photos.crops(cells, places, samples, position), cascade=target)
 
     def losses(self, batch: Crops, progress: float) -> Terms:
-        random, image = self.random(batch), batch.image
-        inputs = self.inputs(batch, random)
-        # Half the times as for the 1024 px pictures that crops stand for, half the sampler's.
-        steps = image.new_tensor(STUDENT_TIMES[:-1])[(4 * random.uniform()).long()]
-        t = torch.where(random.uniform() < 0.5, steps, training_times(random, 1024, 1024)).clamp_min(0.02)
-        x_t = noised(image, random.normal(*image.shape[1:]), t)
-        return {"x0": squared(clean(x_t, self.network(x_t, 1000 * t, **inputs).sample, t) - image).mean()}
+        inputs, rng = self.inputs(batch, self.random(batch)), Random(f"{self.config.seed}/{batch.position}")
+        assert batch.cascade is not None
+        target = batch.cascade + means(batch.image - batch.cascade)
+        image = self.network(**inputs).float()
+        return {
+            "pixel": 4 * (image - target).abs().mean(),
+            "colour": 4 * means(image - target).abs().mean(),
+            "perceptual": 2 * self.judges(image, target, rng),
+        }
+
+
+def means(image: torch.Tensor) -> torch.Tensor:
+    """Of latent cells, smoothly."""
+    return F.interpolate(F.avg_pool2d(image, CELL), scale_factor=CELL, mode="bilinear")
 
 
 class Discriminator(nn.Module):
@@ -476,33 +512,17 @@ class Discriminator(nn.Module):
         return torch.cat([head((x * x.shape[1] ** 0.5,)) for head, x in zip(self.heads, features, strict=True)], dim=1)
 
 
-class StudentStage(DecoderStage):
-    """After DMD2 (eq. 29 to 31), for a small teacher and a short time. What differs from it:
+class JudgedStage(DecoderStage):
+    """A picture is learnt by its distance to the photo as networks see it, and from a discriminator, beside its pixels.
 
-    - the discriminator reads SqueezeNet's features of the clean image, not the teacher's of the noised one, with a head
-      for each of four layers, and its R1 has a weight of 5, not 200;
-    - the image's squared error (weight 4) and the distance of SqueezeNet's features (1) are losses, too; the
-      adversarial term counts .03, not .05, and warms up over a tenth of the stage; the variational one .1, not 1, and
-      there is no text to guide by;
-    - every update is the student's, the discriminator's and the fake score's at once, not one of six the student's;
-    - the student's image comes from its own samples, from noise alone twice as often as from each later step;
-    - the fake score learns by the squared error of the image (`squared`), at the student's own time and noise, not by
-      flow matching;
-    - Muon and AdamW, with warm-up and decay, move student and fake score, gradients cut to 1; Adam (.5, .99) at 2e-4
-      the discriminator; the adapter's base is frozen.
+    The discriminator reads SqueezeNet's features, with a head for each of four layers, and its R1 has a weight of 5;
+    the adversarial term warms up over a tenth of the stage. Adam (.5, .99) at 2e-4 moves the discriminator."""
 
-    `student` starts from the teacher and leaves the base as it is; `polish` goes on from there and trains that, too."""
+    crops: ClassVar = {8: (0.8, 1 / 2), 16: (0.2, 1 / 8)}
 
-    crops: ClassVar = VARIED
-
-    def __init__(self, config: Nano, accelerator: Accelerator, polish: bool = False):
-        super().__init__(config, accelerator, train_base(build_network(config), polish), 0.02)
-        self.squeezenet = SqueezeNetDistance(config.squeezenet, accelerator.device)
-        if config.weights.vsd:
-            teacher = build_network(replace(config, model=config.teacher))
-            self.fake_score = self.part(train_base(copy.deepcopy(teacher), False), 0.02)
-            self.teacher = teacher.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
-            self.parts["fake_score"] = self.fake_score
+    def __init__(self, config: Nano, accelerator: Accelerator, model: PixelDecoderTransformer2DModel, *args):
+        super().__init__(config, accelerator, model, *args)
+        self.judges = Judges(config, accelerator.device)
         if config.weights.gan:
             settings = Optimizer(
                 learning_rate=2e-4, betas=(0.5, 0.99), weight_decay=0.0, warmup_steps=0, max_grad_norm=None
@@ -510,34 +530,110 @@ class StudentStage(DecoderStage):
             whole = replace(config, precision="float32")
             self.discriminator = self.parts["discriminator"] = Part(Discriminator(), settings, whole, accelerator)
 
-    def losses(self, batch: Crops, progress: float) -> Terms:
-        weights, random, rng = self.config.weights, self.random(batch), Random(f"{self.config.seed}/{batch.position}")
-        inputs = self.inputs(batch, random)
-        image = self.student_image(batch, inputs, random, rng.choices(range(4), (4, 2, 2, 2))[0])
-        # Patches and SqueezeNet's strides of 16 px would always meet in the same way, which it can be fooled by.
-        top, left = rng.randrange(16), rng.randrange(16)
-        truth = batch.image[..., top:, left:]
-        real, made = self.squeezenet.features(truth), self.squeezenet.features(image[..., top:, left:])
-        terms = {"pixel": weights.pixel * squared(image - batch.image).mean()}
-        terms["perceptual"] = weights.perceptual * self.squeezenet.between(made, real).mean()
+    def judged(self, image: torch.Tensor, batch: Crops, random: SampleRandom, rng: Random, progress: float) -> Terms:
+        weights = self.config.weights
+        terms = {
+            "pixel": 2 * weights.pixel * (image - batch.image).abs().mean(),
+            "colour": 4 * weights.pixel * means(image - batch.image).abs().mean(),
+            "perceptual": 2 * weights.perceptual * self.judges(image, batch.image, rng),
+        }
         if weights.gan:
+            features, (made, truth) = self.judges.squeezenet.features, moved(image, batch.image, rng)
+            made, real = features(made), features(truth)
             self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
             judged = self.discriminator.module(made)
             self.discriminator.module.requires_grad_(True)
             terms["gan"] = min(1, 10 * progress) * weights.gan * losses.gan_student(judged)
-            perturbed = self.squeezenet.features(truth + 0.1 * random.normal(*truth.shape[1:]))
+            perturbed = features(truth + 0.1 * random.normal(*truth.shape[1:]))
             # One pass for all three: a wrapper for many processes counts on one per update.
             joined = [torch.cat([x.detach() for x in maps]) for maps in zip(made, real, perturbed, strict=True)]
             fake_logits, real_logits, perturbed_logits = self.discriminator(joined).chunk(3)
             terms["discriminator"] = losses.gan_discriminator(fake_logits, real_logits)
             terms["r1"] = 5 * losses.approximate_r1(real_logits, perturbed_logits)
-        if weights.vsd:
+        return terms
+
+
+class PhotoStage(JudgedStage):
+    """The base again, from the photo itself."""
+
+    def __init__(self, config: Nano, accelerator: Accelerator):
+        model = build_network(config)
+        super().__init__(config, accelerator, model, 0.005, model.base)
+
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
+        image = self.network(**self.inputs(batch, random)).float()
+        return self.judged(image, batch, random, rng, progress)
+
+
+def on_base(config: Nano) -> PixelDecoderTransformer2DModel:
+    """What a run starts from; its base stays as it is, and the rest learns what is missing."""
+    model = build_network(config)
+    model.base.requires_grad_(False)
+    return model
+
+
+def squared(error: torch.Tensor, patch: int = 16) -> torch.Tensor:
+    """Mean square of each image, (B,), of its neighbours' differences, for edges, of those across patch borders, for
+    seams, and of the means of patches, for colour."""
+    across, down = error.diff(dim=-1), error.diff(dim=-2)
+    seams = across[..., patch - 1 :: patch], down[..., patch - 1 :: patch, :]
+    terms = (error, across, down, *seams, 2 * F.avg_pool2d(error, patch))
+    return sum(x.square().mean(dim=(1, 2, 3)) for x in terms)
+
+
+class TeacherStage(DecoderStage):
+    """On top of the base the rest learns by flow matching in x0: that of the velocity, weighted by t^2, lest the few
+    small times rule."""
+
+    crops: ClassVar = VARIED
+
+    def __init__(self, config: Nano, accelerator: Accelerator):
+        super().__init__(config, accelerator, on_base(config), 0.02)
+
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        random, image = self.random(batch), batch.image
+        inputs = self.inputs(batch, random)
+        # Half the times as for the 1024 px pictures that crops stand for, half the sampler's.
+        steps = image.new_tensor(STUDENT_TIMES[:-1])[(4 * random.uniform()).long()]
+        t = torch.where(random.uniform() < 0.5, steps, training_times(random, 1024, 1024)).clamp_min(0.02)
+        x_t = noised(image, random.normal(*image.shape[1:]), t)
+        return {"x0": squared(clean(x_t, self.network(x_t, 1000 * t, **inputs).sample, t) - image).mean()}
+
+
+class StudentStage(JudgedStage):
+    """After DMD2 (eq. 29 to 31), for a small teacher and a short time. What differs from it:
+
+    - the discriminator reads SqueezeNet's features of the clean image, not the teacher's of the noised one;
+    - the image's error and its distance as networks see it are losses, too; the variational one counts .1, not 1, and
+      there is no text to guide by;
+    - every update is the student's, the discriminator's and the fake score's at once, not one of six the student's;
+    - the student's image comes from its own samples, from noise alone twice as often as from each later step;
+    - the fake score learns by the squared error of the image (`squared`), at the student's own time and noise, not by
+      flow matching;
+    - Muon and AdamW, with warm-up and decay, move student and fake score, gradients cut to 1; the base is frozen."""
+
+    crops: ClassVar = VARIED
+
+    def __init__(self, config: Nano, accelerator: Accelerator):
+        super().__init__(config, accelerator, on_base(config), 0.02)
+        if config.weights.vsd:
+            teacher = on_base(replace(config, model=config.teacher))
+            self.fake_score = self.parts["fake_score"] = self.part(copy.deepcopy(teacher), 0.02)
+            self.teacher = teacher.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
+
+    def losses(self, batch: Crops, progress: float) -> Terms:
+        random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
+        inputs = self.inputs(batch, random)
+        image = self.student_image(batch, inputs, random, rng.choices(range(4), (4, 2, 2, 2))[0])
+        terms = self.judged(image, batch, random, rng, progress)
+        if weight := self.config.weights.vsd:
             t = random.normal().sigmoid().clamp(0.02, 0.99)
             x_t = noised(image.detach(), random.normal(*image.shape[1:]), t)
             with torch.no_grad(), autocast(image.device, self.network.autocast):
                 x0_teacher = clean(x_t, self.teacher(x_t, 1000 * t, **inputs).sample, t)
             x0_fake = clean(x_t, self.fake_score(x_t, 1000 * t, **inputs).sample, t)
-            terms["vsd"] = weights.vsd * losses.vsd(image, x0_teacher, x0_fake)
+            terms["vsd"] = weight * losses.vsd(image, x0_teacher, x0_fake)
             terms["fake_score"] = squared(x0_fake - image.detach()).mean()
         return terms
 
@@ -603,7 +699,7 @@ CROPS = {"budgie": (352, 32), "face": (168, 0), "sign": (60, 120)}
 def bundle(config: Config) -> None:
     """The pipeline's folder as it ships, with a few photos that may be passed on and their latents for the demo."""
     encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
-    pipeline = PixelDecoderPipeline.from_pretrained(config.out / "polish", encoder=encoder, torch_dtype=torch.bfloat16)
+    pipeline = PixelDecoderPipeline.from_pretrained(config.out / "student", encoder=encoder, torch_dtype=torch.bfloat16)
     pipeline.register_to_config(encoder_name=None)
     for part in ("transformer", "encoder"):
         shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
@@ -622,19 +718,21 @@ def bundle(config: Config) -> None:
 STAGES = {
     "encoder": EncoderStage,
     "base": BaseStage,
-    "adapter": AdapterStage,
+    "cascade": CascadeStage,
+    "photo": PhotoStage,
     "teacher": TeacherStage,
     "student": StudentStage,
-    "polish": partial(StudentStage, polish=True),
 }
+NETWORKS = ("taef1_encoder", "taef1_decoder", "realesrgan_x4plus", "squeezenet1_0", "efficientnet_lite0")
 
 
 def main(config: Config) -> None:
-    for path in (config.taef1, config.taef1.with_name("taef1_decoder.safetensors"), config.squeezenet):
-        if path is not None and not path.is_file():
+    for path in (config.weights / f"{name}.safetensors" for name in NETWORKS):
+        if not path.is_file():
             raise ValueError(f"{path}: no such file")
     if not (config.out / "taef1").exists():
-        write_folder(config.out / "taef1", load_taef1(config.taef1).save_pretrained)
+        taef1 = load_taef1(config.weights / "taef1_encoder.safetensors")
+        write_folder(config.out / "taef1", taef1.save_pretrained)
     if config.stage == "bundle":
         bundle(config)
     elif config.stage != "baseline":

@@ -45,7 +45,7 @@ TINY_V15 = TINY | dict(
     aux_rgb=True,
     rope_reference_size=2048,
 )
-TINY_NANO = TINY_V15 | dict(text_embed_dim=None, prediction_type="sample", aux_rgb_base=True)
+TINY_NANO = TINY_V15 | dict(text_embed_dim=None, prediction_type="sample", base_dim=8)
 
 
 def normal(name: str, shape) -> torch.Tensor:

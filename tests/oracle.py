@@ -32,14 +32,16 @@ class Oracle:
         config = self.config
         patch, (height, width) = config.patch_size, x.shape[-2:]
         grid = (height // patch, width // patch)
-        injections, pixel_injection, aux = self.adapter(latents, grid)
+        injections, pixel_injection = self.adapter(latents, grid)
+        base = None if config.base_dim is None else self.base(latents, sigma)
+        seen = x if base is None else torch.cat([x, base], dim=1)
 
         angles = 1000 * t * torch.exp(-math.log(10) * torch.arange(128) / 128)
         time = self.linear("time_embed.linear_1", torch.cat([angles.cos(), angles.sin()])[None, None])
         time = self.linear("time_embed.linear_2", F.silu(time))
         condition = F.silu(time)
 
-        h = self.linear("patch_embed", F.unfold(x, patch, stride=patch).transpose(1, 2))
+        h = self.linear("patch_embed", F.unfold(seen, patch, stride=patch).transpose(1, 2))
         if text is not None:
             positions = self.weights["text_embed.positions"]
             text = text[:, : positions.shape[1]]
@@ -53,7 +55,7 @@ class Oracle:
         s = F.silu(time + h)
         if pixel_injection is not None:
             s = s + self.gate("adapter.pixel_sigma_gate", s, pixel_injection, sigma)
-        pixels = self.linear("pixel_embed", x.movedim(1, -1)) + self.pixel_positions(height, width)
+        pixels = self.linear("pixel_embed", seen.movedim(1, -1)) + self.pixel_positions(height, width)
         pixels = pixels.reshape(len(x), grid[0], patch, grid[1], patch, -1).transpose(2, 3)
         pixels = pixels.reshape(len(x), grid[0] * grid[1], patch**2, -1)
         for i in range(config.num_pixel_layers):
@@ -62,8 +64,8 @@ class Oracle:
         out = out.reshape(len(x), *grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
         if config.prediction_type == "velocity":
             return out
-        if config.aux_rgb_base:
-            out = out + F.interpolate(aux, size=(height, width), mode="bicubic")
+        if base is not None:
+            out = out + base
         return (x - out) / max(t, 0.05)
 
     def adapter(self, z, grid):
@@ -92,15 +94,35 @@ class Oracle:
             self.linear(f"adapter.heads.{i}", tokens) for i in range(-(-config.num_layers // config.injection_interval))
         ]
         pixel = self.linear("adapter.pixel_head", tokens) if config.inject_pixels else None
-        aux = None
-        if config.aux_rgb_base:
-            features = outputs[config.aux_rgb_block if config.aux_rgb_block < 0 else config.aux_rgb_block + 1]
-            y = features.movedim(1, -1)
-            weight, bias = (self.weights[f"adapter.aux_rgb_head.norm.{leaf}"] for leaf in ("weight", "bias"))
-            y = F.silu(self.linear("adapter.aux_rgb_head.proj_in", F.layer_norm(y, y.shape[-1:], weight, bias)))
-            y = self.linear("adapter.aux_rgb_head.proj_out", y).movedim(-1, 1)
-            aux = F.pixel_shuffle(y, config.patch_size // config.scale)
-        return heads, pixel, aux
+        return heads, pixel
+
+    def base(self, z, sigma):
+        """TAESD's decoder with a bias for sigma at every size, then enlarged: no bands."""
+        stages, steps = (int(math.log2(n)) for n in (self.config.latent_downscale_factor, self.config.scale))
+        if self.config.unpack_latents:
+            z, stages = F.pixel_shuffle(z, 2), stages - 1
+        embedded = F.silu(self.linear("base.sigma_embed.0", torch.full((len(z), 1), float(sigma))))
+        biases = self.linear("base.sigma_embed.2", embedded).chunk(stages + 1, dim=1)
+        x = F.relu(self.conv("base.conv_in", 3 * torch.tanh(z / 3)))
+        for i, bias in enumerate(biases):
+            if i > 0:
+                x = self.conv(f"base.convs.{i - 1}", x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+            x = x + bias[:, :, None, None]
+            for block in range(3 if i < stages else 1):
+                x = self.tiny_block(f"base.stages.{i}.{block}", x)
+        small = 2 * self.conv("base.to_small", x) - 1
+        for block in range(2):
+            x = self.tiny_block(f"base.detail.{block}", x)
+        for i in range(steps):
+            x = F.relu(self.conv(f"base.enlarge.{i}", F.interpolate(x, scale_factor=2, mode="bilinear")))
+        x = self.conv("base.to_image", F.relu(self.conv("base.refine", x)))
+        return x + F.interpolate(small, scale_factor=2**steps, mode="bicubic")
+
+    def tiny_block(self, name, x):
+        y = x
+        for i in 0, 2, 4:
+            y = self.conv(f"{name}.conv.{i}", y if i == 0 else F.relu(y))
+        return F.relu(y + x)
 
     def gate(self, name, tokens, latents, sigma):
         content = self.linear(f"{name}.proj", torch.cat([tokens, latents], dim=-1))
@@ -172,9 +194,9 @@ class Oracle:
         return F.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], eps=1e-6)
 
     def conv(self, name, x):
-        mode = "constant" if self.config.adapter_padding_mode == "zeros" else "replicate"
-        weight, bias = (self.weights[f"{name}.{leaf}"] for leaf in ("weight", "bias"))
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode=mode), weight, bias)
+        zeros = name.startswith("base.") or self.config.adapter_padding_mode == "zeros"
+        x = F.pad(x, (1, 1, 1, 1), mode="constant" if zeros else "replicate")
+        return F.conv2d(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
 
 def rotate(x, angles):

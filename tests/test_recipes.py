@@ -54,8 +54,11 @@ def nano(monkeypatch):
     small = dict(num_layers=2, num_attention_heads=1, adapter_dim=16, num_adapter_layers=1, pixel_dim=4)
     monkeypatch.setattr(module, "NANO", module.NANO | small)
     monkeypatch.setattr(module.NanoStage, "crops", {4: (1, 1.0)})  # of which some cells are inside
-    for stage in (module.BaseStage, module.TeacherStage, module.StudentStage):
+    for stage in (module.BaseStage, module.CascadeStage, module.TeacherStage):
         monkeypatch.setattr(stage, "crops", {2: (1, 1.0)})
+    for stage in (module.PhotoStage, module.StudentStage):  # whose pictures are cut and shrunk
+        monkeypatch.setattr(stage, "crops", {4: (1, 1.0)})
+    monkeypatch.setattr(module, "CASCADE", 3)
     return module
 
 
@@ -68,13 +71,13 @@ def taef1():
 @pytest.fixture
 def run(nano, taef1, photos, tmp_path):
     """Trains a stage for some steps; returns the folder of the last checkpoint."""
-    save_file(SqueezeNet().state_dict(), tmp_path / "squeezenet.safetensors")
-    files = dict(taef1=published(tmp_path, taef1), squeezenet=tmp_path / "squeezenet.safetensors")
+    weights = published(tmp_path / "weights", taef1)
 
     def run(stage, steps, out="out", **kwargs):
         config = nano.Config(
-            stage=stage, data=photos, **files, out=tmp_path / out, resolution=64, batch_size=2, device="cpu"
-        )
+            stage=stage, data=photos, weights=weights, out=tmp_path / out, resolution=64, batch_size=2, crops=3,
+            device="cpu",
+        )  # fmt: skip
         nano.main(replace(config, stage="baseline"))
         config = replace(nano.configure(config), precision="float32", steps=steps, log_every=1)
         return nano.train(replace(config, **kwargs), nano.STAGES[stage])
@@ -83,60 +86,97 @@ def run(nano, taef1, photos, tmp_path):
 
 
 def published(folder: Path, taef1: AutoencoderTiny) -> Path:
-    """TAEF1's weights as they are published."""
+    """The networks that nano learns from, small or with random weights, as they are published."""
+    folder.mkdir()
     state = taef1.state_dict()
     encoder = {k.removeprefix("encoder.layers."): v for k, v in state.items() if k.startswith("encoder.")}
     decoder = {k.removeprefix("decoder.layers."): v for k, v in state.items() if k.startswith("decoder.")}
     decoder = {f"{int((parts := k.split('.', 1))[0]) + 1}.{parts[1]}": v for k, v in decoder.items()}
     save_file(encoder, folder / "taef1_encoder.safetensors")
     save_file(decoder, folder / "taef1_decoder.safetensors")
-    return folder / "taef1_encoder.safetensors"
+    save_file(SqueezeNet().state_dict(), folder / "squeezenet1_0.safetensors")
+    save_file(real_esrgan(blocks=1), folder / "realesrgan_x4plus.safetensors")
+    save_file(efficientnet(), folder / "efficientnet_lite0.safetensors")
+    return folder
+
+
+def real_esrgan(blocks: int) -> dict[str, torch.Tensor]:
+    shapes = {"conv_first": (64, 3), "conv_last": (3, 64)}
+    shapes |= dict.fromkeys(("conv_body", "conv_up1", "conv_up2", "conv_hr"), (64, 64))
+    for block, part, i in itertools.product(range(blocks), (1, 2, 3), range(1, 6)):
+        shapes[f"body.{block}.rdb{part}.conv{i}"] = (64 if i == 5 else 32, 32 + 32 * i)
+    convs = {name: torch.nn.Conv2d(inputs, outputs, 3) for name, (outputs, inputs) in shapes.items()}
+    return {f"{name}.{k}": v.detach() for name, conv in convs.items() for k, v in conv.state_dict().items()}
+
+
+def efficientnet() -> dict[str, torch.Tensor]:
+    stages = ((1, 3, 1, 16), (2, 3, 6, 24), (2, 5, 6, 40), (3, 3, 6, 80), (3, 5, 6, 112))  # blocks, kernel, widening
+    parts, width, block = {"_conv_stem": torch.nn.Conv2d(3, 32, 3, bias=False), "_bn0": torch.nn.BatchNorm2d(32)}, 32, 0
+    for count, kernel, wider, out in stages:
+        for _ in range(count):
+            name, inner = f"_blocks.{block}", width * wider
+            if wider > 1:
+                parts[f"{name}._expand_conv"] = torch.nn.Conv2d(width, inner, 1, bias=False)
+                parts[f"{name}._bn0"] = torch.nn.BatchNorm2d(inner)
+            parts[f"{name}._depthwise_conv"] = torch.nn.Conv2d(inner, inner, kernel, groups=inner, bias=False)
+            parts[f"{name}._project_conv"] = torch.nn.Conv2d(inner, out, 1, bias=False)
+            parts |= {f"{name}._bn1": torch.nn.BatchNorm2d(inner), f"{name}._bn2": torch.nn.BatchNorm2d(out)}
+            width, block = out, block + 1
+    state = {f"{name}.{k}": v.detach() for name, part in parts.items() for k, v in part.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def test_nano(run, nano, taef1, tmp_path):
     """Every stage, from what the ones before it have left."""
     with pytest.raises(ValueError, match="run the encoder's stage first"):
-        run("adapter", 1)
+        run("cascade", 1)
     run("encoder", 2)
     loaded = AutoencoderTiny.from_pretrained(tmp_path / "out" / "taef1")
     assert all(torch.equal(a, b) for a, b in zip(taef1.parameters(), loaded.parameters(), strict=True))
     assert nano.TinyLatentEncoder.from_pretrained(tmp_path / "out" / "encoder")
-    run("base", 2)
-    assert nano.BaseDecoder.from_pretrained(tmp_path / "out" / "base")
-    run("adapter", 2, validate_every=1)
-    log = [json.loads(line) for line in (tmp_path / "out" / "adapter_training" / "log.jsonl").read_text().splitlines()]
-    assert {"rgb", "psnr_sigma_0.4"} <= set().union(*log)
+    with pytest.raises(ValueError, match="run the base's stage first"):
+        run("cascade", 1)
+    run("base", 2, validate_every=1)
+    assert {"stage 0", "stage 3", "picture", "psnr_sigma_0.4"} <= log(tmp_path / "out" / "base_training")
+    run("cascade", 2)
+    assert {"pixel", "colour", "perceptual"} <= log(tmp_path / "out" / "cascade_training")
+    run("photo", 2)
+    judged = {"pixel", "colour", "perceptual", "gan", "discriminator", "r1"}
+    assert judged <= log(tmp_path / "out" / "photo_training")
     run("teacher", 2)
-    with pytest.raises(ValueError, match="run the student's stage first"):
-        run("polish", 1)
+    assert "x0" in log(tmp_path / "out" / "teacher_training")
     run("student", 3)
-    log = [json.loads(line) for line in (tmp_path / "out" / "student_training" / "log.jsonl").read_text().splitlines()]
-    terms = {"pixel", "perceptual", "gan", "discriminator", "r1", "vsd", "fake_score"}
-    assert terms <= set(log[-1]) and all(math.isfinite(value) for value in log[-1].values())
+    lines = (tmp_path / "out" / "student_training" / "log.jsonl").read_text().splitlines()
+    first, *_, last = map(json.loads, lines)
+    assert judged | {"vsd", "fake_score"} <= set(last) and all(math.isfinite(value) for value in last.values())
     # The fake score is the teacher at first, so that nothing is distilled.
-    assert log[0]["gan"] == log[0]["vsd"] == 0 and log[-1]["gan"] > 0 and log[-1]["vsd"] > 0
-    run("polish", 2, weights=nano.Weights(gan=0, vsd=0))
-    log = (tmp_path / "out" / "polish_training" / "log.jsonl").read_text()
-    assert "pixel" in log and not any(term in log for term in ("gan", "discriminator", "vsd", "fake_score"))
+    assert first["gan"] == 0 < last["gan"] and abs(first["vsd"]) < 1e-9 < last["vsd"]
+    run("student", 2, output=tmp_path / "plain", export=tmp_path / "plain", weights=nano.Weights(gan=0, vsd=0))
+    assert not {"gan", "discriminator", "vsd", "fake_score"} & log(tmp_path / "plain")
 
     weights = {
         stage: PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "out" / stage / "transformer").state_dict()
-        for stage in ("adapter", "teacher", "student", "polish")
+        for stage in ("base", "cascade", "photo", "teacher", "student")
     }
 
     def moved(one, other):
-        return {name for name in weights[one] if not torch.equal(weights[one][name], weights[other][name])}
+        """What of the base, and whether anything beside it."""
+        changed = {name for name in weights[one] if not torch.equal(weights[one][name], weights[other][name])}
+        base = {name for name in changed if name.startswith("base.")}
+        return bool(base), bool(changed - base)
 
-    base = {name for name in weights["teacher"] if name.startswith(("adapter.convs.", "adapter.aux_rgb_head."))}
-    assert base and moved("adapter", "teacher") and not base & moved("adapter", "teacher")  # it stays as it is
-    assert moved("teacher", "student") and not base & moved("teacher", "student")
-    assert base & moved("student", "polish")  # until it is polished
+    assert moved("base", "cascade") == moved("cascade", "photo") == (True, False)
+    assert moved("photo", "teacher") == moved("teacher", "student") == (False, True)
+
+
+def log(folder: Path) -> set[str]:
+    return set().union(*(json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()))
 
 
 @pytest.mark.parametrize("stage", ["encoder", "student"])
 def test_nano_resumed_equals_uninterrupted(stage, run, nano, tmp_path):
     """Killed after a checkpoint and a step more; critics and Muon's momentum go on, too."""
-    for before in itertools.takewhile(lambda name: name != stage, ("encoder", "adapter", "teacher")):
+    for before in itertools.takewhile(lambda name: name != stage, ("encoder", "base", "cascade", "photo", "teacher")):
         run(before, 1)
     whole = run(stage, 4)
     folder = tmp_path / "out" / f"{stage}_killed"
@@ -193,7 +233,7 @@ def test_crops_are_cut_alike(nano, photos, taef1, tmp_path):
         cells = torch.arange(latents[0].numel()).reshape(latents.shape[1:])
         latents[:] = cells
         image[:] = cells.repeat_interleave(32, 0).repeat_interleave(32, 1)
-    crops = all_photos.crops(3, list(range(64)), random.Random(0), 5)
+    crops = all_photos.crops(3, all_photos.places(3, 64, random.Random(0)), list(range(64)), 5)
     assert crops.position == 5 and crops.image.shape == (64, 3, 96, 96)
     cells = crops.latents[0][:, 0]
     assert torch.equal(((crops.image[:, 0, 16::32, 16::32] + 1) * 127.5).round(), cells)
@@ -209,9 +249,33 @@ def test_crops_are_cut_alike(nano, photos, taef1, tmp_path):
     assert (rows == 1).any() and (rows == height - 2).any() and not crops.inside.all()
 
 
-def test_base_decoder(nano, taef1):
-    """With TAEF1's weights it is TAEF1's decoder."""
-    model, latents = nano.BaseDecoder(), torch.randn(2, 16, 8, 8)
+def test_cascade_s_pictures_are_kept(nano, photos, taef1, tmp_path):
+    """Of the latents at their place; made once for the same photos, seed and number."""
+    taef1.save_pretrained(tmp_path / "taef1")
+    all_photos = nano.Photos(nano.Folder(photos), [str(tmp_path / "taef1")], torch.device("cpu"))
+    seen = []
+
+    def make(latents):
+        seen.append(latents)
+        return latents[:, :3].repeat_interleave(32, 2).repeat_interleave(32, 3) / 4
+
+    path = tmp_path / "cascade.pt"
+    kept = all_photos.cascade(path, 4, 0, make)
+    assert len(kept) == len(seen) == 4
+    for ((index, y, x), picture), latents in zip(kept, seen, strict=True):
+        expected = all_photos.latents[0][index][None, :, y : y + 3, x : x + 3].float()
+        assert torch.equal(latents, expected)
+        values = picture[:, 16::32, 16::32] / 127.5 - 1
+        torch.testing.assert_close(values, (expected[0, :3] / 4).clamp(-1, 1), atol=0.005, rtol=0)
+    again = all_photos.cascade(path, 4, 0, make)
+    assert len(seen) == 4 and all(torch.equal(a[1], b[1]) for a, b in zip(kept, again, strict=True))
+    all_photos.cascade(path, 2, 1, make)
+    assert len(seen) == 6
+
+
+def test_the_base_has_taesds_shape(nano, taef1):
+    """With TAEF1's weights its small image is that of TAEF1's decoder, and its features are, too."""
+    model, latents = nano.LatentDecoder(16, 3, 2, 64), torch.randn(2, 16, 8, 8)
     layers = [layer for layer in taef1.decoder.layers if any(True for _ in layer.parameters())]
     blocks = [layer for layer in layers if not isinstance(layer, torch.nn.Conv2d)]
     convs = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
@@ -219,8 +283,10 @@ def test_base_decoder(nano, taef1):
         ours.load_state_dict(theirs.state_dict())
     for ours, theirs in zip([model.conv_in, *model.convs, model.to_small], convs, strict=True):
         ours.load_state_dict(theirs.state_dict())
+    torch.nn.init.zeros_(model.sigma_embed[2].weight)
+    torch.nn.init.zeros_(model.sigma_embed[2].bias)
     with torch.no_grad():
-        image, features = model(latents, torch.zeros(2))
+        image, features = nano.Trunk(model)(latents, torch.zeros(2))
         target, wanted = nano.taef1_features(taef1.decoder, latents)
         torch.testing.assert_close(target, taef1.decoder(latents))
         torch.testing.assert_close(image, target)

@@ -225,7 +225,7 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
             del noise
             with self.progress_bar(total=len(scheduler.timesteps) * layout.tiles.count) as progress:
                 network = Velocity(
-                    self.transformer, sigma, self._features(latents, height, width, attention_kwargs), embeds, negative,
+                    self.transformer, sigma, self._features(latents, sigma, layout, attention_kwargs), embeds, negative,
                     lambda: call.guidance_scale if self.guides(call.guidance_scale) else None,
                     layout.tiles, layout.chunk_size,
                     self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, device), attention_kwargs,
@@ -431,12 +431,18 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
         return F.pad(latents, (0, right, 0, down), mode="replicate"), size
 
     def _features(
-        self, latents: torch.Tensor | None, height: int, width: int, attention_kwargs: dict[str, Any] | None
+        self,
+        latents: torch.Tensor | None,
+        sigma: torch.Tensor,
+        layout: Plan,
+        attention_kwargs: dict[str, Any] | None,
     ) -> LatentFeatures | None:
         if latents is None:
             return None
-        latents = latents.to(self._execution_device)
-        return self.transformer.encode_latents(latents, height, width, attention_kwargs=attention_kwargs)
+        return self.transformer.encode_latents(
+            latents.to(self._execution_device), layout.height, layout.width, sigma=sigma, base_rows=layout.base_rows,
+            attention_kwargs=attention_kwargs,
+        )  # fmt: skip
 
     def _check_output(self, output_type: str, callback: Callable | None, tensor_inputs: Sequence[str]) -> bool:
         """Whether the callback gets the image."""

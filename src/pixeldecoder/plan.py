@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
 from pixeldecoder.files import parse_size
+from pixeldecoder.models.base import BAND, HALO, LatentDecoder
 from pixeldecoder.models.layers import attention
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.tiling import Tiles, cut
@@ -27,6 +29,8 @@ CHUNK_BYTES = {"cpu": 8 * MIB}
 """Largest tensor of a chunk: small enough for a CPU's cache; elsewhere large enough to keep the device busy."""
 OTHER_CHUNK_BYTES = 128 * MIB
 SMALLEST_CHUNK = 16
+SMALLEST_BAND = 8
+"""Rows of latent cells below which the bands of a base are not made."""
 STATUS = Path("/proc/self/status")
 """Where a process on Linux reads its own memory."""
 OVERHEAD = 1.25
@@ -91,6 +95,10 @@ class Plan:
     """Operations of the matrix products in one pass over the image."""
     attention_flops: float
     """Those of attention."""
+    base_rows: int | None
+    """Rows of latent cells that the base decodes at a time; `None` where there is no base, or for all at once."""
+    base_flops: float
+    """Operations of the base's one pass over the image."""
 
     @property
     def tiled(self) -> bool:
@@ -139,6 +147,11 @@ def plan(
     while chunk_size is None and chunks[-1] > SMALLEST_CHUNK:
         chunks.append(max(SMALLEST_CHUNK, chunks[-1] // 4))
 
+    cell = model.config.scale * model.config.latent_downscale_factor
+    bands: list[int | None] = [None]
+    rows = -(-height // cell)
+    while model.base is not None and rows > SMALLEST_BAND:
+        bands.append(rows := max(SMALLEST_BAND, rows // 2))
     longest = max(height, width)
     if tile_size == "auto":
         beyond = trained_size and (height * width > trained_size**2 or longest > 2 * trained_size)
@@ -152,12 +165,15 @@ def plan(
     for side in sides:
         overlap = min(OVERLAP, side // 4) if tile_overlap is None else tile_overlap
         tiles = cut(height, width, side, overlap if side < longest else 0, patch)
-        for chunk in chunks:
-            memory = peak_memory(model, height, width, batch, text_tokens, tiles, chunk, device, offload)
+        for chunk, rows_at_a_time in product(chunks, bands):
+            memory = peak_memory(
+                model, height, width, batch, text_tokens, tiles, chunk, device, offload, rows_at_a_time
+            )
             if memory <= budget:
                 flops = count_flops(model, tiles.height // patch * (tiles.width // patch), text_tokens)
                 matrix, attended = (batch * tiles.count * x for x in flops)
-                return Plan(height, width, tiles, chunk, memory, matrix, attended)
+                once = batch * count_base_flops(model.base, height, width, rows_at_a_time)
+                return Plan(height, width, tiles, chunk, memory, matrix, attended, rows_at_a_time, once)
     what = f"{tiles.width} x {tiles.height} px tiles" if tiles.count > 1 else "the whole image"
     raise ValueError(
         f"{width} x {height} px would take {memory / 1e9:.2f} GB with {what} and {chunk} patches at a time, but "
@@ -278,6 +294,7 @@ def peak_memory(
     chunk_size: int,
     device: torch.device,
     offload: bool = False,
+    base_rows: int | None = None,
 ) -> int:
     """Peak in bytes of a decode: what is held now, and the tensors of the phase that needs most."""
     config, item = model.config, model.dtype.itemsize
@@ -296,6 +313,9 @@ def peak_memory(
         adapter = 5 * whole * config.adapter_dim * item
         if tiles.count > 1:
             features += injections * tile * dim * item
+    if model.base is not None:
+        features += canvas
+        adapter = max(adapter, base_memory(model.base, height, width, batch, base_rows) * item)
     summed = 4 if model.dtype == torch.float16 else item  # what blocks add to, which float16 does not hold
     tokens = tile * dim * summed
     text = batch * text_tokens * dim * item
@@ -314,26 +334,49 @@ def peak_memory(
     return held_memory(device) + weights + WORKSPACE + features + int(1.1 * max(adapter, network, 3 * canvas))
 
 
+def base_memory(base: LatentDecoder, height: int, width: int, batch: int, rows: int | None) -> int:
+    """Values that a base holds at most for an image of that size in pixels, decoding so many rows of cells at a time:
+    five tensors at the autoencoder's size, or two of a band at full size and their enlargement."""
+    scale, dim = 2**base.enlargements, base.to_small.in_channels
+    small = height // scale if rows is None else (rows + 2 * base.halo) * 2**base.upsamplings
+    small = min(small, height // scale)
+    features = dim * small * (width // scale)
+    band = min(small, BAND + 2 * HALO) * scale * width
+    return batch * max(5 * features, 2 * features + 3 * base.refine.in_channels * band)
+
+
 def count_flops(model: PixelDecoderTransformer2DModel, tokens: int, text_tokens: int = 0) -> tuple[float, float]:
     """Floating-point operations of one pass over an image of `tokens` patches: of matrix products, and of attention.
 
-    A multiplication and its addition are two. The adapter, which runs once, is left out.
+    A multiplication and its addition are two. The adapter and the base, which run once, are left out.
     """
     config = model.config
     dim = config.num_attention_heads * config.attention_head_dim
     attn = config.num_pixel_attention_heads * config.pixel_attention_head_dim
     pixels, d = config.patch_size**2, config.pixel_dim
     layers, stream = config.num_layers, dim * (4 * dim + 3 * int(8 * dim / 3))
-    weights = tokens * (3 * pixels * dim + layers * stream)
+    channels = 3 if model.base is None else 6
+    weights = tokens * (channels * pixels * dim + layers * stream)
     if config.text_embed_dim is not None:
         weights += text_tokens * (config.text_embed_dim * dim + layers * stream - (stream - 3 * dim * dim))
     if model.adapter is not None:
         gates = len(model.adapter.heads) + config.inject_pixels
         weights += tokens * gates * 2 * dim * (dim if config.per_channel_gate else 1)
     pixel_block = dim * 6 * d * pixels + 2 * pixels * d * attn + 4 * attn * attn + pixels * 8 * d * d
-    weights += tokens * (config.num_pixel_layers * pixel_block + 6 * d * pixels)
+    weights += tokens * (config.num_pixel_layers * pixel_block + (channels + 3) * d * pixels)
     attended = layers * (tokens + text_tokens) ** 2 * dim + config.num_pixel_layers * tokens**2 * attn
     return 2.0 * weights, 4.0 * attended
+
+
+def count_base_flops(base: LatentDecoder | None, height: int, width: int, rows: int | None) -> float:
+    """Operations of a base's pass over an image of that size in pixels, in bands of so many rows of latent cells."""
+    if base is None:
+        return 0.0
+    cell = 2 ** (base.upsamplings + base.enlargements)
+    down, across = math.ceil(height / cell), math.ceil(width / cell)
+    if rows is not None:  # with what lies around each band
+        down = sum(min(down, top + rows + base.halo) - max(0, top - base.halo) for top in range(0, down, rows))
+    return 2.0 * base.products() * down * across
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -385,8 +428,9 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def estimate_seconds(chosen: Plan, rates: tuple[float, float], passes: int) -> float:
-    """Time of `passes` of the network over the image, at rates from `measure_rates`."""
-    return OVERHEAD * passes * (chosen.matrix_flops / rates[0] + chosen.attention_flops / rates[1])
+    """Time of the base and of `passes` of the network over the image, at rates from `measure_rates`."""
+    step = chosen.matrix_flops / rates[0] + chosen.attention_flops / rates[1]
+    return OVERHEAD * (passes * step + chosen.base_flops / rates[0])
 
 
 def duration(seconds: float) -> str:

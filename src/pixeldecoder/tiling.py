@@ -59,7 +59,6 @@ def tiled_velocity(
     features: LatentFeatures | None,
     tiles: Tiles,
     patch: int,
-    aux_pixels: int,
 ) -> torch.Tensor:
     """The velocity of a whole noisy image.
 
@@ -68,12 +67,12 @@ def tiled_velocity(
         image: (B, 3, H, W).
         features: of the whole image.
         tiles: of it.
-        patch, aux_pixels: side of a patch in pixels, of the image and of the auxiliary image.
+        patch: side of a patch in pixels.
     """
     output = torch.zeros_like(image)
     for top, left, weight in _placed(tiles, image.device):
         area = (..., slice(top, top + tiles.height), slice(left, left + tiles.width))
-        part = features and crop_features(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
+        part = features and crop_features(features, image.shape[3] // patch, tiles, top, left, patch)
         output[area] += velocity(image[area], part) * weight
     return output
 
@@ -131,21 +130,19 @@ def _weights(side: int, tile: int, starts: tuple[int, ...], overlap: int, device
 
 
 def crop_features(
-    features: LatentFeatures, columns: int, tiles: Tiles, top: int, left: int, patch: int, aux_pixels: int
+    features: LatentFeatures, columns: int, tiles: Tiles, top: int, left: int, patch: int
 ) -> LatentFeatures:
     """The features of one tile, from those of an image `columns` patches wide."""
 
-    def patches(tokens: torch.Tensor, size: int = patch) -> torch.Tensor:
+    def patches(tokens: torch.Tensor) -> torch.Tensor:
         grid = tokens.unflatten(1, (-1, columns))
         rows = slice(top // patch, (top + tiles.height) // patch)
         return grid[:, rows, left // patch : (left + tiles.width) // patch].flatten(1, 2)
 
-    aux = features.aux_rgb
-    if aux is not None:
-        y, x, height, width = (side // patch * aux_pixels for side in (top, left, tiles.height, tiles.width))
-        aux = aux[..., y : y + height, x : x + width]
+    base = features.base
     return LatentFeatures(
         injections=tuple(patches(tokens) for tokens in features.injections),
         pixel=None if features.pixel is None else patches(features.pixel),
-        aux_rgb=aux,
+        aux_rgb=None,
+        base=None if base is None else base[..., top : top + tiles.height, left : left + tiles.width],
     )

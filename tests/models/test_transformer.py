@@ -187,17 +187,6 @@ def test_clean_image_prediction_is_returned_as_velocity():
     torch.testing.assert_close(image_model(**given).sample, expected)
 
 
-@torch.no_grad()
-def test_aux_rgb_base_is_added():
-    given = inputs() | {"encoder_hidden_states": None, "timestep": 500.0}
-    based = tiny_model(**TINY_NANO)
-    plain = tiny_model(**(TINY_NANO | {"aux_rgb_base": False}))
-    aux = based(**given, return_aux_rgb=True).aux_rgb
-    assert aux.shape == (2, 3, 16, 24)
-    base = torch.nn.functional.interpolate(aux, size=(64, 96), mode="bicubic")
-    torch.testing.assert_close((plain(**given).sample - based(**given).sample) * 0.5, base, atol=1e-4, rtol=1e-4)
-
-
 def test_latents_of_another_size_are_resized():
     for scale, size in (4, (2, 4)), (2, (3, 5)), (1, (5, 9)):  # upsampled, the same, folded; never exactly the grid's
         model = tiny_model(**TINY, scale=scale)
@@ -233,7 +222,10 @@ def test_wrong_input(change, message):
     [
         ({"attention_head_dim": 6}, "multiple of 4"),
         ({"prediction_type": "epsilon"}, "velocity"),
-        ({"aux_rgb_base": True}, "needs aux_rgb"),
+        ({"base_dim": 8}, 'predicts the image \\("sample"\\)'),
+        ({"base_dim": 8, "prediction_type": "sample", "latent_channels": None}, "a network with latents"),
+        ({"base_dim": 8, "prediction_type": "sample", "latent_downscale_factor": 14}, r"powers of 2 .* got \(4, 14\)"),
+        ({"base_dim": 1}, "base_dim is 1: expected a whole number, at least 2"),
         ({"scale": 3}, "multiple or a divisor of patch_size"),
         ({"patch_size": 0}, "patch_size is 0: expected a whole number, at least 1"),
         ({"patch_size": "x"}, "patch_size is 'x': expected a whole number"),
@@ -260,7 +252,6 @@ def test_wrong_input(change, message):
         ({"per_channel_gate": 1}, "per_channel_gate is 1: expected True or False"),
         ({"inject_pixels": None}, "inject_pixels is None"),
         ({"aux_rgb": []}, r"aux_rgb is \[\]"),
-        ({"aux_rgb_base": 0}, "aux_rgb_base is 0"),
         ({"aux_rgb_block": -2}, "aux_rgb_block is -2: expected a whole number, at least -1"),
         ({"aux_rgb_block": 4}, "aux_rgb_block is 4: expected less than num_adapter_layers, 4"),
         ({"rope_reference_size": 0}, "rope_reference_size is 0"),

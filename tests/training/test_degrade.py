@@ -125,7 +125,7 @@ def test_the_unconditional_pass_reads_the_negative_prompt(config, length, spelle
 
 
 def test_a_prior_has_no_latents():
-    network = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, aux_rgb_base=False))
+    network = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, base_dim=None))
     condition = Conditions(Prior(), network, torch.device("cpu"))(batch(0.0, 2), SampleRandom(0, [0, 1], "training"))
     assert condition.latents is None and condition.inputs()["sigma"] == 0.0
 
@@ -155,7 +155,7 @@ def test_shrink():
 
 
 def test_networks_of_the_wrong_kind():
-    blind = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, aux_rgb_base=False))
+    blind = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, base_dim=None))
     seeing = PixelDecoderTransformer2DModel(**ARCHITECTURE)
     for config, network, message in (
         (Teacher(encoder="averaging:encode", data=DATA), blind, "this network takes no latents"),

@@ -575,7 +575,7 @@ def scheduler():
 
 
 def test_teacher_takes_all_but_its_adapter_from_a_prior(teacher, tmp_path):
-    prior = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, aux_rgb_base=False))
+    prior = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, base_dim=None))
     torch.nn.init.normal_(prior.proj_out.weight)
     prior.save_pretrained(tmp_path / "prior")
     made = weights(train(replace(teacher, model=str(tmp_path / "prior"), train="adapter")))

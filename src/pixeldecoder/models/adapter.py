@@ -10,7 +10,7 @@ from torch import nn
 
 
 class LatentFeatures(NamedTuple):
-    """What the latents say, computed once per image: independent of time and of sigma."""
+    """What the latents say, computed once per image: independent of time."""
 
     injections: tuple[torch.Tensor, ...]
     """For each injected block (B, L, D)."""
@@ -18,6 +18,8 @@ class LatentFeatures(NamedTuple):
     """For the pixel pathway (B, L, D), v1.5 only."""
     aux_rgb: torch.Tensor | None
     """The low-resolution image that the latents stand for, (B, 3, H/s, W/s) in [-1, 1], where it was asked for."""
+    base: torch.Tensor | None = None
+    """The image of the convolutional base, (B, 3, H, W), where the network has one; this alone depends on sigma."""
 
 
 class SigmaAwareAdapter(nn.Module):

@@ -19,6 +19,7 @@ from torch import nn
 
 from pixeldecoder.flow import velocity_of_clean
 from pixeldecoder.models.adapter import LatentFeatures, SigmaAwareAdapter, SigmaGate
+from pixeldecoder.models.base import LatentDecoder
 from pixeldecoder.models.folder import FolderMixin
 from pixeldecoder.models.layers import (
     EPS,
@@ -81,19 +82,28 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         rope_reference_size: image side in pixels for which the rotary frequencies are made.
         prediction_type: what the layers predict, the "velocity" or the clean image ("sample"); `forward` returns the
             velocity either way.
-        aux_rgb_base: add the auxiliary image, enlarged, to the predicted clean image.
+        base_dim: width of the convolutional decoder of the latents (`models.base`) whose image the network sees beside
+            the noisy one and adds to; `None`: without it, as all released decoders.
 
     Raises:
         ValueError: an argument of a wrong type or range, which the message names.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["PatchBlock", "PixelBlock", "SigmaAwareAdapter"]
+    _no_split_modules = ["PatchBlock", "PixelBlock", "SigmaAwareAdapter", "LatentDecoder"]
     _repeated_blocks = ["PatchBlock", "PixelBlock"]
-    # The adapter runs before `forward`; its pixel gate runs later, and its auxiliary head at times.
-    _group_offload_block_modules = ["adapter", "pixel_head", "pixel_sigma_gate", "aux_rgb_head"]
+    # Adapter and base run before `forward`; the adapter's pixel gate runs later, and its auxiliary head at times.
+    _group_offload_block_modules = ["base", "adapter", "pixel_head", "pixel_sigma_gate", "aux_rgb_head"]
     # Rounding these shows in the image: gates, time, and everything that works on single pixels. They are small.
-    _skip_layerwise_casting_patterns = ["norm", "sigma_gate", "time_embed", "pixel_embed", "pixel_blocks", "proj_out"]
+    _skip_layerwise_casting_patterns = [
+        "norm",
+        "sigma_gate",
+        "time_embed",
+        "pixel_embed",
+        "pixel_blocks",
+        "proj_out",
+        "base",
+    ]
 
     @register_to_config
     def __init__(
@@ -122,12 +132,18 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         aux_rgb_block: int = -1,
         rope_reference_size: int = 1024,
         prediction_type: Literal["velocity", "sample"] = "velocity",
-        aux_rgb_base: bool = False,
+        base_dim: int | None = None,
     ):
         super().__init__()
         _check(self.config)
         dim = num_attention_heads * attention_head_dim
-        self.patch_embed = nn.Linear(3 * patch_size**2, dim)
+        self.base = None
+        if base_dim is not None and latent_channels is not None:
+            cell = latent_downscale_factor // 2 if unpack_latents else latent_downscale_factor
+            channels = latent_channels // 4 if unpack_latents else latent_channels
+            self.base = LatentDecoder(channels, cell.bit_length() - 1, scale.bit_length() - 1, base_dim)
+        image_channels = 3 if base_dim is None else 6
+        self.patch_embed = nn.Linear(image_channels * patch_size**2, dim)
         self.time_embed = TimestepEmbedding(TIME_WIDTH, dim)
         self.text_embed = None if text_embed_dim is None else TextEmbedding(text_embed_dim, dim, max_text_length)
         self.adapter = None
@@ -140,7 +156,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         self.patch_blocks = nn.ModuleList(
             PatchBlock(dim, num_attention_heads, text_embed_dim is not None) for _ in range(num_layers)
         )
-        self.pixel_embed = nn.Linear(3, pixel_dim)
+        self.pixel_embed = nn.Linear(image_channels, pixel_dim)
         pixel_attn_dim = num_pixel_attention_heads * pixel_attention_head_dim
         self.pixel_blocks = nn.ModuleList(
             PixelBlock(dim, pixel_dim, pixel_attn_dim, num_pixel_attention_heads, patch_size)
@@ -170,14 +186,18 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         height: int,
         width: int,
         return_aux_rgb: bool = False,
+        sigma: torch.Tensor | float = 0.0,
+        base_rows: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> LatentFeatures:
-        """Run the adapter, once per image; pass the result as `latent_features=` at every step.
+        """Run the adapter and the base, once per image; pass the result as `latent_features=` at every step.
 
         Args:
             latents: normalised latents (B, C, h, w), as noisy as their sigma says.
             height, width: of the output image in pixels, multiples of the patch size.
             return_aux_rgb: also predict the low-resolution image.
+            sigma: of the latents, a number or (B,), which the base is told.
+            base_rows: of latent cells that the base decodes at a time, by default all; fewer take less memory.
             attention_kwargs: as in `forward`.
 
         Raises:
@@ -194,7 +214,19 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         if return_aux_rgb and self.adapter.aux_rgb_head is None:
             raise ValueError("return_aux_rgb=True, but this model has no auxiliary RGB head (aux_rgb=False)")
         grid = (height // config.patch_size, width // config.patch_size)
-        return self.adapter(latents.to(self.dtype), grid, return_aux_rgb or config.aux_rgb_base)
+        latents = latents.to(self.dtype)
+        features = self.adapter(latents, grid, return_aux_rgb)
+        if self.base is not None:
+            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+            cells = (
+                F.pixel_shuffle(latents, 2) if config.unpack_latents else latents
+            )  # channels in the order (c, dy, dx)
+            side = config.scale * 2**self.base.upsamplings
+            size = -(-height // side), -(-width // side)
+            if cells.shape[-2:] != size:
+                cells = F.interpolate(cells, size=size, mode="bilinear")
+            features = features._replace(base=self.base(cells, sigma, base_rows)[..., :height, :width])
+        return features
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -245,7 +277,9 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(batch)
         image = hidden_states.to(dtype)
         if latents is not None:
-            latent_features = self.encode_latents(latents, height, width, return_aux_rgb)
+            latent_features = self.encode_latents(latents, height, width, return_aux_rgb, sigma)
+        if self.base is not None:
+            image = torch.cat([image, latent_features.base.to(dtype)], dim=1)
         rotary, pixel_rotary = image_rotary_emb or self.image_rotary(height, width, device)
 
         # Time: e_t (B, 1, D) and the condition of the patch blocks, angles in float32 (eq. 9, 10).
@@ -288,9 +322,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
 
         # The velocity, or a clean image and the velocity that it stands for (eq. 3).
         if self.config.prediction_type == "sample":
-            if self.config.aux_rgb_base:
-                base = latent_features.aux_rgb.to(output.dtype)
-                output = output + F.interpolate(base, size=(height, width), mode="bicubic")
+            if self.base is not None:
+                output = output + latent_features.base.to(output.dtype)
             output = velocity_of_clean(hidden_states, output, t / 1000)
         aux_rgb = latent_features.aux_rgb if return_aux_rgb else None
         result = PixelDecoderOutput(sample=output, features=wanted, aux_rgb=aux_rgb)
@@ -316,6 +349,12 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             elif isinstance(module, TextEmbedding):
                 nn.init.trunc_normal_(module.positions, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
+        if self.base is not None:
+            for module in self.base.modules():
+                if isinstance(module, nn.Conv2d):  # as PyTorch does: there is no norm
+                    module.reset_parameters()
+            for name in "to_image", "sigma_embed.2":
+                nn.init.zeros_(self.base.get_parameter(f"{name}.weight"))
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
@@ -358,8 +397,9 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             raise ValueError(f"this model expects {expected}")
         if attention_kwargs:  # "scale" is taken out before
             raise ValueError(f'attention_kwargs: expected "scale" alone, got {", ".join(attention_kwargs)}, too')
-        if not has_latents and (return_aux_rgb or self.config.aux_rgb_base):
-            raise ValueError("the auxiliary RGB image is predicted from latents: pass latents or latent_features")
+        if not has_latents and (return_aux_rgb or self.base is not None):
+            what = "the auxiliary RGB image" if return_aux_rgb else "this model's base"
+            raise ValueError(f"{what} is made from latents: pass latents or latent_features")
         if features_only and not return_features:
             raise ValueError("features_only=True: expected return_features, the blocks whose features are wanted")
         count = height // patch * (width // patch)
@@ -372,8 +412,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         return block(*args)
 
     def _pixels(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> pixel tokens (B, L, P^2, d) with their places (eq. 16); patches, and the pixels in them, go
-        row by row."""
+        """(B, 3 or 6, H, W) -> pixel tokens (B, L, P^2, d) with their places (eq. 16); patches, and the pixels in
+        them, go row by row."""
         patch, half = self.config.patch_size, self.config.pixel_dim // 2
         # (B, Hp, Wp, P, P, 3), before the embedding: reordering three channels is cheaper than d.
         x = image.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
@@ -397,12 +437,12 @@ _LEAST = dict(
     patch_size=1, num_layers=1, num_attention_heads=1, attention_head_dim=8, num_pixel_layers=1, pixel_dim=4,
     num_pixel_attention_heads=1, pixel_attention_head_dim=8, text_embed_dim=1, max_text_length=1, latent_channels=1,
     latent_downscale_factor=1, scale=1, adapter_dim=4, num_adapter_layers=0, injection_interval=1, aux_rgb_block=-1,
-    rope_reference_size=1,
+    rope_reference_size=1, base_dim=2,
 )  # fmt: skip
 _OF_FOUR = ("attention_head_dim", "pixel_attention_head_dim", "pixel_dim", "adapter_dim")
 """Multiples of 4: the heads for 2-D rotary embedding, pixels for their sin-cos table, the adapter for its groups."""
 _EITHER = dict(prediction_type=("velocity", "sample"), adapter_padding_mode=("zeros", "replicate"))
-_SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb", "aux_rgb_base")
+_SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb")
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -413,7 +453,7 @@ def _check(config: Mapping[str, Any]) -> None:
     """
     for name, least in _LEAST.items():
         value, step = config[name], 4 if name in _OF_FOUR else 1
-        if value is None and name in ("text_embed_dim", "latent_channels"):
+        if value is None and name in ("text_embed_dim", "latent_channels", "base_dim"):
             continue
         if type(value) is not int or value < least or value % step:
             kind = "a whole number" if step == 1 else "a multiple of 4"
@@ -433,5 +473,9 @@ def _check(config: Mapping[str, Any]) -> None:
             f"unpack_latents=True: expected latent_channels {config['latent_channels']} to be a multiple of 4, "
             f"latent_downscale_factor {config['latent_downscale_factor']} of 2"
         )
-    if config["aux_rgb_base"] and not (config["aux_rgb"] and config["prediction_type"] == "sample"):
-        raise ValueError('aux_rgb_base needs aux_rgb=True and prediction_type="sample"')
+    if config["base_dim"] is not None:
+        sides = config["scale"], config["latent_downscale_factor"]
+        if config["latent_channels"] is None or config["prediction_type"] != "sample":
+            raise ValueError('base_dim: expected a network with latents that predicts the image ("sample")')
+        if any(side & (side - 1) for side in sides):
+            raise ValueError(f"base_dim: expected powers of 2 as scale and latent_downscale_factor, got {sides}")

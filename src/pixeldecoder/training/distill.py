@@ -37,7 +37,7 @@ class StudentStage:
             raise ValueError(f"feature_blocks {config.feature_blocks}: the network has blocks 0 to {blocks - 1}")
         self.conditions = conditions(config, network, accelerator.device)
         self.guides = network.config.text_embed_dim is not None and config.guidance_scale != 1
-        freeze_unused(network, network.config.aux_rgb_base)
+        freeze_unused(network, aux_rgb=False)
         self.teacher = self._frozen(copy.deepcopy(network))
         fake_score = copy.deepcopy(network)
         if config.lora.rank:
@@ -175,7 +175,9 @@ class StudentStage:
     def _teacher_inputs(self, condition: Condition, image: torch.Tensor) -> dict:
         """The condition, by the teacher's adapter once for all its passes."""
         with torch.no_grad(), self._teacher_autocast():
-            features = self.teacher.encode_latents(condition.latents, *image.shape[-2:])  # type: ignore[operator]
+            features = self.teacher.encode_latents(  # type: ignore[operator]
+                condition.latents, *image.shape[-2:], sigma=condition.sigma
+            )
         return condition.inputs() | dict(latents=None, latent_features=features)
 
     def _teacher(self, x_t: torch.Tensor, t: torch.Tensor, inputs: dict, **wanted) -> PixelDecoderOutput:
