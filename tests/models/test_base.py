@@ -1,5 +1,7 @@
 """The convolutional base: whole or in bands, with sigma, as wide as its latents."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,8 +73,8 @@ def test_base_of_other_spaces(change):
     model = tiny_model(**TINY_NANO | dict(adapter_dim=16) | change)
     latents = torch.randn(1, model.config.latent_channels, 3, 2)
     side = model.config.scale * 8
-    assert model.encode_latents(latents, 3 * side, 2 * side).base.shape == (1, 3, 3 * side, 2 * side)
-    assert model.encode_latents(latents, 3 * side - 16, 2 * side).base.shape == (1, 3, 3 * side - 16, 2 * side)
+    assert model.encode_latents(latents, 3 * side, 2 * side, sigma=0.1).base.shape == (1, 3, 3 * side, 2 * side)
+    assert model.encode_latents(latents, 3 * side - 16, 2 * side, sigma=0.1).base.shape == (1, 3, 3 * side - 16, 2 * side)
 
 
 @torch.no_grad()
@@ -89,9 +91,20 @@ def test_starts_as_the_small_image_enlarged():
     latents = torch.randn(1, 16, 2, 2)
     small = model.base.small(model.base.features(latents, torch.zeros(1))[-1])
     expected = torch.nn.functional.interpolate(small, scale_factor=4, mode="bicubic")
-    torch.testing.assert_close(model.encode_latents(latents, 64, 64).base, expected)
+    torch.testing.assert_close(model.encode_latents(latents, 64, 64, sigma=0.0).base, expected)
 
 
-def test_latents_are_needed():
+def test_latents_and_sigma_are_needed():
+    with pytest.raises(ValueError, match="pass sigma, as in `forward`"):
+        tiny_model(**TINY_NANO).encode_latents(torch.randn(1, 16, 2, 2), 64, 64)
     with pytest.raises(ValueError, match="this model's base is made from latents: pass latents"):
         tiny_model(**TINY_NANO)(torch.randn(1, 3, 64, 64), 500.0)
+
+
+def test_a_decoder_of_the_earlier_form(tmp_path):
+    """Which would load, and decode without its base."""
+    tiny_model(**TINY_NANO | dict(base_dim=None)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"aux_rgb_base": True}))
+    with pytest.raises(ValueError, match="of an earlier form and cannot be converted: train one with base_dim"):
+        PixelDecoderTransformer2DModel.from_pretrained(tmp_path)

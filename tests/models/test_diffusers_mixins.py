@@ -80,7 +80,7 @@ def test_device_map(tmp_path):
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
     )
     assert loaded.adapter.pixel_sigma_gate.proj.weight.is_meta
-    features = loaded.encode_latents(inputs(TINY_NANO)["latents"], 64, 96)
+    features = loaded.encode_latents(inputs(TINY_NANO)["latents"], 64, 96, sigma=0.3)
     given = inputs(TINY_NANO) | {"latents": None, "latent_features": features}
     torch.testing.assert_close(loaded(**given).sample, exact, atol=1e-5, rtol=1e-5)
 
@@ -178,7 +178,8 @@ def test_training():
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
     losses = []
     for _ in range(2):
-        loss = model(**given, return_aux_rgb=True).sample.square().mean()
+        output = model(**given, return_aux_rgb=True)
+        loss = output.sample.square().mean() + output.aux_rgb.square().mean()
         losses.append(loss.item())
         loss.backward()
         missing = [name for name, p in model.named_parameters() if p.grad is None]

@@ -83,7 +83,7 @@ def test_adapter_once_is_adapter_every_step(config):
     model, given = tiny_model(**config), inputs()
     if config["text_embed_dim"] is None:
         given["encoder_hidden_states"] = None
-    features = model.encode_latents(given["latents"], 64, 96)
+    features = model.encode_latents(given["latents"], 64, 96, sigma=given["sigma"])
     cached = model(**(given | {"latents": None, "latent_features": features})).sample
     assert torch.equal(cached, model(**given).sample)
 
@@ -355,7 +355,7 @@ def test_lora():
 
 
 def test_device_map_keeps_blocks_whole():
-    names = {type(module).__name__ for module in tiny_model().modules()}
+    names = {type(module).__name__ for module in tiny_model(**TINY_NANO).modules()}
     assert set(PixelDecoderTransformer2DModel._no_split_modules) <= names
     assert set(PixelDecoderTransformer2DModel._repeated_blocks) <= names
 

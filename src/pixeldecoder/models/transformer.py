@@ -93,7 +93,10 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
     _no_split_modules = ["PatchBlock", "PixelBlock", "SigmaAwareAdapter", "LatentDecoder"]
     _repeated_blocks = ["PatchBlock", "PixelBlock"]
     # Adapter and base run before `forward`; the adapter's pixel gate runs later, and its auxiliary head at times.
-    _group_offload_block_modules = ["base", "adapter", "pixel_head", "pixel_sigma_gate", "aux_rgb_head"]
+    _group_offload_block_modules = [
+        "adapter", "pixel_head", "pixel_sigma_gate", "aux_rgb_head",
+        "base", "conv_in", "to_small", "refine", "to_image",
+    ]  # fmt: skip
     # Rounding these shows in the image: gates, time, and everything that works on single pixels. They are small.
     _skip_layerwise_casting_patterns = [
         "norm",
@@ -186,7 +189,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         height: int,
         width: int,
         return_aux_rgb: bool = False,
-        sigma: torch.Tensor | float = 0.0,
+        sigma: torch.Tensor | float | None = None,
         base_rows: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> LatentFeatures:
@@ -196,12 +199,12 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             latents: normalised latents (B, C, h, w), as noisy as their sigma says.
             height, width: of the output image in pixels, multiples of the patch size.
             return_aux_rgb: also predict the low-resolution image.
-            sigma: of the latents, a number or (B,), which the base is told.
+            sigma: of the latents, a number or (B,); a network with a base must be told.
             base_rows: of latent cells that the base decodes at a time, by default all; fewer take less memory.
             attention_kwargs: as in `forward`.
 
         Raises:
-            ValueError: the model takes no latents, or other channels, or another size.
+            ValueError: the model takes no latents, or other channels, or another size, or needs sigma.
         """
         config = self.config
         if self.adapter is None:
@@ -217,6 +220,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         latents = latents.to(self.dtype)
         features = self.adapter(latents, grid, return_aux_rgb)
         if self.base is not None:
+            if sigma is None:
+                raise ValueError("this model has a base, which is told the latents' noise: pass sigma, as in `forward`")
             sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
             cells = (
                 F.pixel_shuffle(latents, 2) if config.unpack_latents else latents
@@ -353,8 +358,22 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             for module in self.base.modules():
                 if isinstance(module, nn.Conv2d):  # as PyTorch does: there is no norm
                     module.reset_parameters()
-            for name in "to_image", "sigma_embed.2":
-                nn.init.zeros_(self.base.get_parameter(f"{name}.weight"))
+            for name in "to_image.weight", "to_image.bias", "sigma_embed.2.weight":
+                nn.init.zeros_(self.base.get_parameter(name))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
+        """As the mixin's.
+
+        Raises:
+            ValueError: a network of an earlier form, which would be built without its base.
+        """
+        if config_dict.get("aux_rgb_base"):
+            raise ValueError(
+                "aux_rgb_base: this decoder's base, the adapter's small image enlarged, is of an earlier form and cannot "
+                "be converted: train one with base_dim, as recipes/nano.py does, or use pixeldecoder as it was then"
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
