@@ -222,7 +222,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         if self.base is not None:
             if sigma is None:
                 raise ValueError("this model has a base, which is told the latents' noise: pass sigma, as in `forward`")
-            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
+            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(latents.shape[0])
             cells = (
                 F.pixel_shuffle(latents, 2) if config.unpack_latents else latents
             )  # channels in the order (c, dy, dx)
