@@ -25,7 +25,9 @@ Rotary = torch.Tensor
 def overwrites(x: torch.Tensor) -> bool:
     """Whether layers may write over what was made of `x`, which saves passes over memory: not where a gradient is
     recorded, a graph is traced, or autocast mixes dtypes."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
+    device = x.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or mixed)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -56,17 +58,44 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` that in float16 reads float32 (`wide`), too, and takes fewer passes on a CPU."""
+    """`nn.RMSNorm` that in float16 reads float32 (`wide`), too, and takes fewer passes on a CPU, with gradients and
+    without."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and overwrites(x):
+        weight, on_cpu = self.weight, x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and overwrites(x):
             y = x.to(torch.promote_types(x.dtype, torch.float32))
-            norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-            factor = norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-            return torch.mul(y, factor, out=None if y is x else y).mul_(self.weight).to(self.weight.dtype)
-        if self.weight.dtype != torch.float16:
+            factor = _rms(y, self.eps)
+            return torch.mul(y, factor, out=None if y is x else y).mul_(weight).to(weight.dtype)
+        if on_cpu and x.dtype == weight.dtype == torch.float32 and type(weight) is nn.Parameter:
+            return _RMSNormFunction.apply(x, weight, self.eps)
+        if weight.dtype != torch.float16:
             return super().forward(x)
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(torch.float16)
+        return F.rms_norm(x.float(), self.normalized_shape, weight.float(), self.eps).to(torch.float16)
+
+
+def _rms(x: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """What divides (..., D) by its root mean square, (..., 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """y = x r w with r = (mean(x^2) + eps)^(-1/2): dx = r (g w - n mean(g w n)) with n = x r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        factor = _rms(x, eps)
+        normal = x * factor
+        ctx.save_for_backward(normal, weight, factor)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        normal, weight, factor = ctx.saved_tensors
+        product = grad * normal
+        mean = F.linear(product, weight[None]).div_(len(weight))
+        grad_x = torch.addcmul(grad * weight, normal, mean, value=-1).mul_(factor)
+        return grad_x, product.flatten(0, -2).sum(0), None
 
 
 class Block(nn.Module):
