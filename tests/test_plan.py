@@ -208,13 +208,13 @@ def test_chunks_and_overlap_by_default():
     [
         # Pixels: 2 x 32 x 32 of tokens, 32 x 2048 and 12 x 16 x 2048 of pixels, 4 x 32 x 24 of attention.
         (TINY, 8, {}, 4 * (2 * 32 * 64 + 1.1 * (3 * 3 * 8192 + 2048 + 65536 + 393216 + 3072))),
-        # Patches, tokens of 512, with text: they, what is attended to, three times joined, and 12 x 2 x 512 of a chunk.
+        # Patches, tokens of 512, with text: they, what is attended to, three times joined, and 12 x 4 x 512 of a chunk.
         (TINY | dict(num_attention_heads=32, pixel_dim=4), 1, {},
-         4 * (2 * 32 * 1024 + 1.1 * (3 * 3 * 8192 + 5 * (16384 + 5120) + 12288))),
+         4 * (2 * 32 * 1024 + 1.1 * (3 * 3 * 8192 + 5 * (16384 + 5120) + 24576))),
         # The same in tiles of 32 x 32: the canvas once more, features of 8 patches, 3 x 3 x 2 x 1024 of a tile.
         (TINY | dict(num_attention_heads=32, pixel_dim=4, per_channel_gate=False), 1,
          dict(tile_size=32, tile_overlap=16),
-         4 * (2 * (32 + 8) * 513 + 1.1 * (2 * 3 * 8192 + 2 * 3 * 2048 + 5 * (4096 + 5120) + 12288))),
+         4 * (2 * (32 + 8) * 513 + 1.1 * (2 * 3 * 8192 + 2 * 3 * 2048 + 5 * (4096 + 5120) + 24576))),
         # The adapter, 5 x 32 x 1280 of it at once, before anything else.
         (TINY | dict(adapter_dim=1280, num_adapter_layers=0, pixel_dim=4), 1, {},
          4 * (2 * 32 * 64 + 1.1 * 5 * 32 * 1280)),

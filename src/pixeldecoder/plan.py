@@ -301,7 +301,8 @@ def peak_memory(
     tokens = tile * dim * summed
     text = batch * text_tokens * dim * item
     joint = 3 * (tile * dim * item + text)  # queries, keys and values
-    patch_chunk = chunk * 12 * dim * item  # the MLP: three tensors of 8/3 of the width, and four of one width
+    patches = min(tile, chunk * max(1, pixel_values // dim))
+    patch_chunk = patches * 12 * dim * item  # the MLP: three tensors of 8/3 of the width, and four of one width
     patch_phase = 2 * tokens + joint + 2 * text + patch_chunk
     pixel_chunk = chunk * 12 * pixel_values * summed
     pixel_phase = 2 * tokens + tile * pixel_values * summed + 4 * tile * pixel_attn * item + pixel_chunk

@@ -228,8 +228,9 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             return_features: patch blocks (from 0) whose image tokens are wanted.
             features_only: stop after the last of these blocks, without a velocity.
             return_aux_rgb: also return the adapter's auxiliary low-resolution image.
-            chunk_size: patches on which everything but attention works at a time; by default all. Fewer take less
-                memory, and on a CPU less time; the numbers stay the same to rounding.
+            chunk_size: patches on which everything but attention works at a time, in the pixel blocks; in the patch
+                blocks as many more as their tensors are narrower. By default all. Fewer take less memory, and on a CPU
+                less time; the numbers stay the same to rounding.
             image_rotary_emb: `image_rotary(H, W)`, made once for all steps of a size; by default made here.
             attention_kwargs: `{"scale": x}` multiplies the strength of LoRA layers by x during this call.
 
@@ -264,6 +265,10 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         # Patches h (B, L, D) meet the text in attention (eq. 12); latents come in through their gates (eq. 14).
         h = self.patch_embed(F.unfold(image, patch, stride=patch).transpose(1, 2))
         features = {}
+        # Their tensors are narrower than those of a patch's pixels: so many more at a time.
+        patch_chunk = (
+            None if chunk_size is None else chunk_size * max(1, patch**2 * self.config.pixel_dim // h.shape[2])
+        )
         last = max(return_features) if features_only and return_features else len(self.patch_blocks) - 1
         for i, block in enumerate(self.patch_blocks[: last + 1]):
             if latent_features is not None and i % self.config.injection_interval == 0:
@@ -274,7 +279,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
                 )
                 h = wide(h)
                 h = torch.addcmul(h, gate, injected, out=h if overwrites(h) else None)
-            h, text = self._run(block, h, text, condition, rotary, text_rope, i == last, chunk_size)
+            h, text = self._run(block, h, text, condition, rotary, text_rope, i == last, patch_chunk)
             if return_features is not None and i in return_features:
                 kept = h.clone() if overwrites(h) else h  # the next block writes over it
                 features[i] = kept.transpose(1, 2).unflatten(2, grid)
