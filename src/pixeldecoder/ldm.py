@@ -130,7 +130,7 @@ def partly_denoise(
     if "num_inference_steps" in parameters and not custom:  # before anything is run
         planned = kwargs.get("num_inference_steps", parameters["num_inference_steps"].default)
         _check_stop(kind, value, planned)
-    height, width = (_side(pipe, key, kwargs) for key in ("height", "width"))
+    height, width = (default_side(pipe, key, kwargs) for key in ("height", "width"))
     scheduler = pipe.scheduler
     step = scheduler.step
     order, calls, due, whole = scheduler.order, 0, 0, 0
@@ -436,8 +436,8 @@ def _check_stop(kind: str, value: float, steps: int) -> None:
         raise ValueError(f"stop_at={value:g}: the latent model makes only {steps} steps: give 1 to {steps}")
 
 
-def _side(pipe: DiffusionPipeline, key: str, kwargs: dict[str, Any]) -> int | None:
-    """Height or width of the pipeline's image in pixels, its own default if none is given."""
+def default_side(pipe: DiffusionPipeline, key: str, kwargs: dict[str, Any]) -> int | None:
+    """Height or width of a pipeline's image in pixels, by its call's arguments: its own default if none is given."""
     if kwargs.get(key):
         return kwargs[key]
     cells, factor = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)

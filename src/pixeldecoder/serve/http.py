@@ -96,7 +96,8 @@ def create_app(
     _document_errors(app)
     app.add_middleware(Guard, service=service, counts=counts, paths=tuple(app.openapi()["paths"]))
     if page is not None:
-        app.add_api_route("/", lambda: RedirectResponse("/page/"), include_in_schema=False)
+        for path in "/", "/favicon.ico", "/manifest.json":  # gradio asks for the last two at the root
+            app.router.add_route(path, functools.partial(_to_page, path), include_in_schema=False)
         app = page(app, service)
     return app
 
@@ -116,6 +117,10 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> J
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+
+
+def _to_page(path: str, http: HttpRequest) -> RedirectResponse:
+    return RedirectResponse(f"/page{path}")
 
 
 def _handler(service: Service, status: int) -> Callable[[HttpRequest, Exception], JSONResponse]:
