@@ -120,7 +120,7 @@ def page(engine: Engine) -> gr.Blocks:
         batch.click(running.many, [many, *settings], outputs, **same)
         cancel.click(running.cancel, key, None, **quick)
         dice.click(lambda: random.randrange(2**31), None, seed, **quick)
-        old.upload(running.restore, [old, *settings], [*settings, told], **quick)
+        old.upload(running.restore, [old, *settings], [*settings, told, old], **quick)
     return blocks
 
 
@@ -172,7 +172,7 @@ class Running:
         return now if held is None else float(held[0])
 
     def restore(self, path: str, *now: Any) -> tuple:
-        """The settings of a picture that was made here, or by the command."""
+        """The settings of a picture that was made here, or by the command; what it says, and room for the next one."""
         try:
             said = read_made(Path(path))
             values = [
@@ -189,8 +189,8 @@ class Running:
                 raise ValueError(f"made by the decoder {values[0]}, which is not loaded here")
             self.engine.estimate(replace(_settings(tuple(values)), image=Image.new("RGB", (16, 16))))
         except ValueError as error:
-            return (*now, _wrong(error, Path(path).name))
-        return (*values, f"Settings of {html.escape(Path(path).name)} restored; give its source again.")
+            return (*now, _wrong(error, Path(path).name), None)
+        return (*values, f"Settings of {html.escape(Path(path).name)} restored; give its source again.", None)
 
     def one(self, command: str, source: Any, values: tuple) -> Iterator[tuple]:
         """One image, with how far it is."""
