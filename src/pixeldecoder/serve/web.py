@@ -69,6 +69,12 @@ def page(engine: Engine) -> gr.Blocks:
                         decode, decode_takes = gr.Button("Decode", variant="primary"), gr.Markdown()
                     with gr.Tab("Generate", visible=engine.latent_model is not None):
                         text = gr.Textbox(label="What to make", lines=3)
+                        with gr.Row():
+                            sizes = [
+                                gr.Number(0, label=label, precision=0, minimum=0, min_width=90)
+                                for label in ("Width", "Height", "Latent steps")
+                            ]
+                        gr.Markdown("Of the latent model's image, in pixels, and its steps; 0: as it has them.")
                         generate, generate_takes = gr.Button("Generate", variant="primary"), gr.Markdown()
                     with gr.Tab("Batch"):
                         many = gr.File(
@@ -106,6 +112,7 @@ def page(engine: Engine) -> gr.Blocks:
             "generate": (text, generate, generate_takes),
         }
         for command, (source, button, takes) in sources.items():
+            inputs: Any = [source, *settings, *(sizes if command == "generate" else [])]
 
             def run(source: Any, *values: Any, command: str = command) -> Iterator[tuple]:
                 yield from running.one(command, source, values)
@@ -113,9 +120,8 @@ def page(engine: Engine) -> gr.Blocks:
             def estimate(source: Any, *values: Any, command: str = command) -> str:
                 return running.estimate(command, source, values)
 
-            button.click(run, [source, *settings], outputs, **same)
-            inputs: Any = (source, *settings)
-            gr.on([one.change for one in inputs], estimate, list(inputs), takes, **quick)
+            button.click(run, inputs, outputs, **same)
+            gr.on([one.change for one in inputs], estimate, inputs, takes, **quick)
         latents.upload(running.sigma, [latents, sigma], sigma, **quick)
         batch.click(running.many, [many, *settings], outputs, **same)
         cancel.click(running.cancel, key, None, **quick)
@@ -299,7 +305,8 @@ class Running:
     def _request(self, command: str, source: str, values: tuple) -> Request:
         request, decoder = _settings(values), values[0]
         if command == "generate":
-            return replace(request, prompt=source, sigma=0.0)
+            width, height, steps = (int(value or 0) or None for value in values[5:])
+            return replace(request, prompt=source, sigma=0.0, width=width, height=height, latent_steps=steps)
         path = Path(source)
         if command == "upscale":
             return replace(request, image=path.read_bytes())
@@ -318,7 +325,7 @@ class Running:
 
 
 def _settings(values: tuple) -> Request:
-    decoder, prompt, sigma, steps, seed = values
+    decoder, prompt, sigma, steps, seed = values[:5]
     return Request(decoder=decoder, prompt=prompt or "", sigma=sigma, steps=int(steps) or None, seed=int(seed or 0))
 
 
