@@ -18,7 +18,7 @@ from torch import nn
 from pixeldecoder.files import parse_size
 from pixeldecoder.models.layers import attention
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.tiling import Tiles, cut
+from pixeldecoder.tiling import Tiles, cut, tiled_latents
 
 MIB = 2**20
 OVERLAP = 64
@@ -207,6 +207,18 @@ def plan_encoder(
         f"to encode {width} x {height} px would take {memory / 1e9:.2f} GB with {tiles.width} x {tiles.height} px "
         f"tiles, but {budget / 1e9:.2f} GB may be used: allow more memory, or give a smaller image"
     )
+
+
+def encode_in_tiles(
+    encoder: Callable[[torch.Tensor], torch.Tensor],
+    autoencoder: nn.Module | None,
+    image: torch.Tensor,
+    cell: int,
+    max_memory: int | str | None = None,
+) -> torch.Tensor:
+    """The latents of an image (B, 3, H, W), whole or in tiles as `plan_encoder` says of its `autoencoder`."""
+    tiles = plan_encoder(autoencoder, image.shape[-2], image.shape[-1], len(image), cell, max_memory)
+    return encoder(image) if tiles.count == 1 else tiled_latents(encoder, image, tiles)
 
 
 def default_chunk_size(model: PixelDecoderTransformer2DModel, device: torch.device) -> int:

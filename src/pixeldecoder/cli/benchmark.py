@@ -42,6 +42,8 @@ class Benchmark:
     """Instead, the CPU time until the command itself answers: --help, --version, a plan, an error."""
     output: Path = Path("outputs/benchmark")
     """Folder of benchmark.json and benchmark.png."""
+    overwrite: bool = False
+    """Replace the figures that are there."""
 
     def run(self) -> None:
         from pixeldecoder import files
@@ -51,6 +53,8 @@ class Benchmark:
             check_memory(self.max_memory)
         check_decoder_name(self.decoder)
         files.check_writable(self.output / "benchmark.json")
+        if not self.startup:
+            files.check_new(self.output / "benchmark.json", self.overwrite)
 
         from pixeldecoder.benchmark import benchmark, plot, startup
         from pixeldecoder.execution import torch_device

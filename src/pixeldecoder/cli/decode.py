@@ -5,9 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma, source_facts
+from pixeldecoder.cli.options import (
+    Device,
+    FilesToImages,
+    Output,
+    Source,
+    check_memory,
+    check_sigma,
+    source_facts,
+    word,
+)
 from pixeldecoder.errors import naming
 
 if TYPE_CHECKING:
@@ -195,6 +204,9 @@ class Encode:
     name (flux, flux2, sd3, sdxl, qwenimage, dinov2, siglip: its usual autoencoder), or "module:function"."""
     device: Device = "auto"
     """Where it runs; "auto": the fastest there is."""
+    max_memory: Annotated[str | None, word("SIZE")] = None
+    """Memory that it may take, such as "6GB"; by default what is free. An image that does not fit is encoded in
+    tiles."""
     overwrite: bool = False
     """Replace what is there. Without it a file that is there is an error, and in a folder is not made again."""
 
@@ -202,6 +214,8 @@ class Encode:
         from pixeldecoder import files, pictures
         from pixeldecoder.cli.jobs import Jobs
 
+        if self.max_memory is not None:
+            check_memory(self.max_memory)
         jobs = Jobs(
             self.source, self.output, pictures.SUFFIXES, (".safetensors",), "safetensors", self.overwrite,
             _picture_size,
@@ -216,6 +230,7 @@ class Encode:
 
         from pixeldecoder.execution import load_encoder, torch_device
         from pixeldecoder.latents import SPACES
+        from pixeldecoder.plan import encode_in_tiles
 
         device = torch_device(self.device)
         encoder = load_encoder(self.encoder, device)
@@ -233,7 +248,9 @@ class Encode:
             with naming(job.source), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
-                latents = encoder(image.to(device)).cpu().contiguous()
+                autoencoder = getattr(encoder, "autoencoder", None)
+                latents = encode_in_tiles(encoder, autoencoder, image.to(device), 16, self.max_memory)
+                latents = latents.cpu().contiguous()
             tensors = {"latents": latents, "size": size}
             files.write_whole(job.targets[0], partial(save_file, tensors, metadata=metadata))
             tqdm.write(str(job.targets[0]))
