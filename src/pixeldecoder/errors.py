@@ -10,6 +10,8 @@ EXTRAS = {
     "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
     "lora": ("peft",),
     "quantize": ("bitsandbytes", "torchao"),
+    "serve": ("fastapi", "fastapi_offline", "gradio", "prometheus_client", "python_multipart", "uvicorn"),
+    "ray": ("ray",),
     "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
 }
 """Modules of the optional dependencies in pyproject.toml."""
