@@ -9,6 +9,7 @@ EXTRAS = {
     "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
     "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
     "lora": ("peft",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "quantize": ("bitsandbytes", "torchao"),
     "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
 }
