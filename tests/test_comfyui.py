@@ -277,6 +277,25 @@ def test_upscale_in_a_graph(server, tmp_path):
 
 
 @pytest.mark.slow
+def test_capture_from_comfyuis_samplers():
+    """What its model was given at that step, and its noise in the decoder's frame."""
+    if not COMFYUI:
+        pytest.skip("COMFYUI_PATH names no ComfyUI")
+    script = Path(__file__).with_name("comfyui_capture.py")
+    done = subprocess.run([sys.executable, script], cwd=COMFYUI, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    told = {name: results.pop(name) for name in [*results] if name.startswith("bad ")}
+    assert len(results) == 10
+    for name, found in results.items():
+        assert found["difference"] < 1e-5 and abs(found["sigma"]) < 1e-6 and found["told"] == 0, (name, found)
+        assert found["fewer"], name
+    assert "does not tell its latents after each of these steps" in told["bad dpm_adaptive 2"]
+    assert told["bad uni_pc 2"].startswith("sample_unipc does not tell")
+    assert told["bad euler 9"] == "step 9: the sampler makes only 5 steps: give 1 to 5"
+
+
+@pytest.mark.slow
 def test_the_nodes_are_described(server):
     """By ids that never change."""
     told = server.ask("/object_info")

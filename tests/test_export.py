@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     pipeline, folder = tiny_pipeline(**SMALL), tmp_path_factory.mktemp("graphs") / "float32"
     pipeline.register_to_config(latent_space="flux", trained_size=64)
-    export(pipeline, folder)
+    pipeline.save_pretrained(folder.parent / "decoder")
+    assert main(["export", str(folder.parent / "decoder"), str(folder)]) == 0
     return pipeline, folder
 
 
@@ -92,6 +94,7 @@ def test_graphs_are_the_network(exported):
     check(*exported)
 
 
+@pytest.mark.slow
 def test_a_network_with_text_and_eulers_steps(tmp_path):
     pipeline = tiny_pipeline(**SMALL | dict(text_embed_dim=20, injection_interval=1, aux_rgb_base=False))
     pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), encoder=None)
@@ -104,6 +107,7 @@ def test_a_network_with_text_and_eulers_steps(tmp_path):
         run_onnx(tmp_path / "graphs", np.zeros((1, 16, 2, 2)), normal())
 
 
+@pytest.mark.slow
 def test_several_cells_to_a_patch(tmp_path):
     """Latents of a size that does not fill them are padded, and the image is cut again."""
     pipeline = tiny_pipeline(**SMALL | dict(patch_size=16, scale=1, aux_rgb=False, aux_rgb_base=False))
@@ -190,6 +194,7 @@ def test_the_pipeline_by_onnxruntime(exported):
     assert other.layout.tiles.count > 1 and other.config.latent_space == "flux"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_small_weights(precision, exported, tmp_path, monkeypatch):
     _pipeline, folder = exported
@@ -208,6 +213,7 @@ def test_small_weights(precision, exported, tmp_path, monkeypatch):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["graphs"]
 
 
+@pytest.mark.slow
 def test_torch_archives(tmp_path):
     pipeline = tiny_pipeline(**SMALL)
     export(pipeline, tmp_path / "graphs", "pt2")
@@ -226,17 +232,15 @@ def test_torch_archives(tmp_path):
 
 
 def test_the_command(exported, tmp_path, monkeypatch, capsys):
-    pipeline, _folder = exported
+    _, folder = exported
     monkeypatch.chdir(tmp_path)
-    pipeline.save_pretrained("decoder")
-    assert main(["export", "decoder", "graphs"]) == 0
-    assert capsys.readouterr().out == "graphs\n"
-    assert main(["export", "decoder", "graphs"]) == 2
-    assert "graphs exists: give a new folder" in capsys.readouterr().err
-    save_file(
-        {"latents": torch.randn(2, 16, 3, 4, generator=seeded()), "sigma": torch.tensor([0.0, 0.4])}, "z.safetensors"
-    )
-    assert main(["decode", "z.safetensors", "torch", "--decoder", "decoder", "--dtype", "float32"]) == 0
+    assert main(["export", str(folder.parent / "decoder"), str(folder)]) == 2
+    assert "exists: give a new folder" in capsys.readouterr().err
+    shutil.copytree(folder, "graphs")
+    latents = {"latents": torch.randn(2, 16, 3, 4, generator=seeded()), "sigma": torch.tensor([0.0, 0.4])}
+    save_file(latents, "z.safetensors")
+    decoder = str(folder.parent / "decoder")
+    assert main(["decode", "z.safetensors", "torch", "--decoder", decoder, "--dtype", "float32"]) == 0
     assert main(["decode", "z.safetensors", "onnx", "--decoder", "graphs", "--backend", "onnx"]) == 0
     for name in "z_000.png", "z_001.png":
         exact, image = (np.array(Image.open(Path(folder) / name)).astype(int) for folder in ("torch", "onnx"))

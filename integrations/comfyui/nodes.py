@@ -28,6 +28,8 @@ CATEGORY = "pixeldecoder"
 Decoder = io.Custom("PIXEL_DECODER")
 MODELS = Path(folder_paths.models_dir) / "pixeldecoder"
 """Where decoders of one's own lie: diffusers folders and checkpoint files."""
+NOT_CAPTURED = ("dpm_fast", "dpm_adaptive", "sample_unipc")
+"""Samplers whose callback counts other steps than the sigmas have, or shows latents in another scale."""
 PREVIEW = 512
 """Side in pixels of the pictures of an image in the making."""
 
@@ -152,7 +154,9 @@ class CaptureLatent(io.ComfyNode):
                 io.Sampler.Input("sampler"),
                 io.Sigmas.Input("sigmas"),
                 io.Latent.Input("latent_image"),
-                io.Int.Input("step", default=24, min=1, max=10000, tooltip="After so many steps; no more are run."),
+                io.Int.Input(
+                    "step", default=24, min=1, max=10000, tooltip="After so many; ComfyUI tells as the next begins."
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent"),
@@ -164,8 +168,8 @@ class CaptureLatent(io.ComfyNode):
     def execute(cls, noise, guider, sampler, sigmas, latent_image, step) -> io.NodeOutput:
         steps, model = len(sigmas) - 1, guider.model_patcher.model
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-        if name.startswith(("dpm_fast", "dpm_adaptive")):
-            raise ValueError(f"{name.removesuffix('_function')} makes steps of its own: take another sampler")
+        if name.startswith(NOT_CAPTURED):
+            raise ValueError(f"{name} does not tell its latents after each of these steps: take another, such as euler")
         if step > steps:
             raise ValueError(f"step {step}: the sampler makes only {steps} steps: give 1 to {steps}")
         form = model.latent_format
@@ -191,7 +195,7 @@ class CaptureLatent(io.ComfyNode):
             pass
         else:
             if step < steps:
-                raise ValueError("this sampler does not tell its latents after each step: take another, such as euler")
+                raise ValueError(f"{name} does not tell its latents after step {step}: take another, such as euler")
             last = float(sigmas[-1])
             if last > 0:  # of a flow, which ComfyUI gives divided by 1 - sigma
                 raise ValueError(f"step {step} is the end of sigmas that do not end at 0: give more of them")
