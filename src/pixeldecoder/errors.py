@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXTRAS = {
+    "bulk": ("braceexpand", "fsspec", "pyarrow", "ray"),
     "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
     "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
     "lora": ("peft",),
     "quantize": ("bitsandbytes", "torchao"),
+    "serve": ("fastapi", "fastapi_offline", "gradio", "prometheus_client", "python_multipart", "uvicorn"),
+    "ray": ("ray",),
     "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
 }
 """Modules of the optional dependencies in pyproject.toml."""

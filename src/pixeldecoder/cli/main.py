@@ -11,6 +11,7 @@ import tyro
 
 from pixeldecoder import __version__
 from pixeldecoder.cli.benchmark import Benchmark
+from pixeldecoder.cli.bulk import Bulk
 from pixeldecoder.cli.convert import Convert
 from pixeldecoder.cli.decode import Decode, Encode, Upscale
 from pixeldecoder.cli.demo import Demo
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type] = {
     "compare": Compare,
     "judge": Judge,
     "benchmark": Benchmark,
+    "bulk": Bulk,
     "train": Train,
     "distill": Distill,
 }

@@ -1,0 +1,221 @@
+"""Rows and an output in; every row decoded once, by actors of Ray Data, and counts of what became of them out."""
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from tqdm import tqdm
+
+from pixeldecoder.bulk.output import Output, Sink, checkpoint
+from pixeldecoder.bulk.settings import Settings
+from pixeldecoder.errors import explain
+
+LARGEST_PIECE = 16
+"""Rows that an actor gets at a time, and makes again if it is lost."""
+OBJECT_STORE = 512 * 2**20
+"""Bytes that a local Ray keeps in shared memory; what is more goes to its disk."""
+REACHABLE = 10.0
+"""Seconds that a cluster may take to answer."""
+POLL = 2.0
+"""Seconds between looks at the manifest, for the progress bar."""
+
+
+class Actor:
+    """`Decoder`, which needs PyTorch: neither the driver nor those that read and write wait for that."""
+
+    def __init__(self, settings: Settings):
+        from pixeldecoder.bulk.decoder import Decoder
+
+        self.decoder = Decoder(settings)
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        return self.decoder(rows)
+
+
+class Source(Datasource):
+    """Rows that are known, in pieces: an actor reads what they stand for when it decodes them."""
+
+    def __init__(self, rows: pa.Table, actors: int):
+        super().__init__()
+        self.rows, self.piece = rows, max(1, min(LARGEST_PIECE, len(rows) // (4 * actors)))
+
+    def estimate_inmemory_data_size(self) -> int:
+        return self.rows.nbytes
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        tasks = []
+        for start in range(0, len(self.rows), self.piece):
+            # Copied: a slice would be sent with all that it was cut from.
+            piece = self.rows.take(list(range(start, min(start + self.piece, len(self.rows)))))
+            metadata = BlockMetadata(num_rows=len(piece), size_bytes=piece.nbytes, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(lambda piece=piece: [piece], metadata, piece.schema))
+        return tasks
+
+
+def decode_rows(
+    rows: pa.Table,
+    settings: Settings,
+    given: dict[str, Any],
+    shard_size: int = 64,
+    actors: int | None = None,
+    address: str | None = None,
+    retry_failed: bool = False,
+    whole: bool = True,
+) -> Counter[str]:
+    """Decode what is not in the output yet.
+
+    Args:
+        rows: of `ROW`, from `find_rows`.
+        given: what decides how pictures look, as it is kept in the output folder.
+        shard_size: rows to a shard, and to a part of the manifest.
+        actors: that decode, each with a GPU or a share of this machine's cores; by default as many as there are GPUs.
+        address: of a Ray cluster; by default one is started on this machine, for the time of the call.
+        retry_failed: decode once more what failed before.
+        whole: `rows` are all of the source.
+
+    Returns:
+        How many rows of `rows` are "done", "failed" and "skipped", earlier runs included, and how many are "new".
+
+    Raises:
+        ValueError: an output that cannot be used, or an unreachable cluster.
+        OSError: nothing more could be written; what is written counts.
+    """
+    output = settings.output
+    lock = output.begin(given)
+    try:
+        before = output.manifest("id", "status")
+        failed = pc.equal(before["status"], "failed")
+        settled = before.filter(pc.invert(failed)) if retry_failed else before
+        todo = rows.filter(pc.invert(pc.is_in(rows["id"], settled["id"])))
+        if len(todo):
+            with _started(address, actors, settings.device) as (count, resources):
+                _run(todo, settings, shard_size, count, resources)
+        gone = before.filter(failed)["id"] if retry_failed and whole else pa.array([], pa.string())
+        output.drop(gone.filter(pc.invert(pc.is_in(gone, rows["id"]))).to_pylist())
+        after = output.manifest("id", "status")
+    finally:
+        if lock is not None:
+            lock.close()
+    counts = Counter(after.filter(pc.is_in(after["id"], rows["id"]))["status"].to_pylist())
+    return counts + Counter(new=len(todo))
+
+
+def _run(rows: pa.Table, settings: Settings, shard_size: int, actors: int, resources: dict[str, float]) -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.checkpoint_config = checkpoint(settings.output)
+    light = {"num_cpus": 0.25}
+    dataset = ray.data.read_datasource(Source(rows, actors), num_cpus=0.25).map_batches(
+        Actor, fn_constructor_args=(settings,), compute=ray.data.ActorPoolStrategy(size=actors),
+        batch_size=None, batch_format="pyarrow", **resources,
+    )  # fmt: skip
+    try:
+        with _quiet() as screen, _progress(settings.output, len(rows), screen):
+            dataset.write_datasink(Sink(settings.output, shard_size), ray_remote_args=light)
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and (isinstance(cause, ray.exceptions.RayError) or not explain(cause, "")):  # type: ignore[arg-type]
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise OSError(f"{cause}: stopped; what is written counts, and the same command goes on from there") from None
+
+
+@contextlib.contextmanager
+def _started(address: str | None, actors: int | None, device: str) -> Iterator[tuple[int, dict[str, float]]]:
+    """Ray, until the block ends; the number of actors, and what each of them takes."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    threads = 1
+    if address is None:
+        import torch
+
+        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+        count = actors or gpus or 1
+        if gpus and count > gpus:
+            raise ValueError(f"--actors {count}: each has a GPU of its own, and this machine has {gpus}")
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count))
+        # Logical cores: beside the actors there are those who read and write.
+        options |= {
+            "num_cpus": count * threads + 2, "num_gpus": gpus, "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE, "_node_ip_address": "127.0.0.1",
+        }  # fmt: skip
+    else:
+        _check_reachable(address)
+    try:
+        ray.init(address, **options)
+    except (ConnectionError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        raise ValueError(f"--ray-address {address}: {' '.join(str(error).split())[:300]}") from None
+    try:
+        if address is not None:
+            gpus = int(ray.cluster_resources().get("GPU", 0)) if device in ("auto", "cuda") else 0
+            count = actors or gpus or 1
+        yield count, {"num_gpus": 1, "num_cpus": 1} if gpus or device == "cuda" else {"num_cpus": threads}
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal():
+        raise ValueError(f'--ray-address {address}: expected HOST:PORT, ray://HOST:PORT or "auto"')
+    try:
+        socket.create_connection((host, int(port)), REACHABLE).close()
+    except OSError as error:
+        raise ValueError(f"--ray-address {address}: no cluster answers there ({error})") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[IO[str]]:
+    """Ray's own lines, which its logs have, too, stay off the screen, which is given."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        with os.fdopen(screen, "w", closefd=False) as file:
+            yield file
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+
+
+@contextlib.contextmanager
+def _progress(output: Output, total: int, screen: IO[str]) -> Iterator[None]:
+    """A bar of the rows that count, by the parts of the manifest."""
+    seen, ended = set(output.parts()), threading.Event()
+    with tqdm(total=total, desc="rows", unit="row", smoothing=0.1, file=screen) as bar:
+
+        def look() -> None:
+            for part in set(output.parts()) - seen:
+                seen.add(part)
+                bar.update(output.rows_in(part))
+
+        def watch() -> None:
+            while not ended.wait(POLL):
+                with contextlib.suppress(OSError):
+                    look()
+                bar.refresh()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            look()
