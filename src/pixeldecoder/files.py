@@ -3,6 +3,7 @@
 Torch is imported where a tensor is made: what is wrong with a path can be told before.
 """
 
+import io
 import json
 import logging
 import os
@@ -270,20 +271,31 @@ def save_image(image: Image.Image, path: Path, made: Mapping[str, Any] | None = 
     Args:
         made: how, as JSON: in PNG a text called "pixeldecoder", in WebP and JPEG EXIF's UserComment.
     """
-    options: dict[str, Any] = {} if path.suffix.lower() == ".png" else {"quality": 95}
+    data = image_bytes(image, path.suffix, made, path)
+    write_whole(path, lambda file: file.write_bytes(data))
+
+
+def image_bytes(
+    image: Image.Image, suffix: str, made: Mapping[str, Any] | None = None, name: object = "image"
+) -> bytes:
+    """What `save_image` writes into a file with this suffix; warnings call it `name`."""
+    suffix = suffix.lower()
+    options: dict[str, Any] = {} if suffix == ".png" else {"quality": 95}
     if made is not None:
         text = json.dumps(made)
-        if path.suffix.lower() == ".png":
+        if suffix == ".png":
             options["pnginfo"] = PngImagePlugin.PngInfo()
             options["pnginfo"].add_text(MADE, text)
-        elif path.suffix.lower() == ".webp" or len(text) < LONGEST_EXIF:
+        elif suffix == ".webp" or len(text) < LONGEST_EXIF:
             exif = Image.Exif()
             exif[Base.Software] = made["software"]
             exif[IFD.Exif] = {Base.UserComment: _ASCII + text.encode()}
             options["exif"] = exif
         else:
-            logger.warning(f"{path}: how it was made takes {len(text)} bytes, too much for JPEG: use .png")
-    write_whole(path, lambda file: image.save(file, **options))
+            logger.warning(f"{name}: how it was made takes {len(text)} bytes, too much for JPEG: use .png")
+    file = io.BytesIO()
+    image.save(file, {".png": "PNG", ".webp": "WEBP"}.get(suffix, "JPEG"), **options)
+    return file.getvalue()
 
 
 def read_made(path: Path) -> dict[str, Any]:

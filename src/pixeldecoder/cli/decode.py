@@ -73,24 +73,11 @@ class Decode(FilesToImages):
         jobs.run(make)
 
     def _normalised(self, latents: "Latents", pipeline: "PixelDecoderPipeline") -> "torch.Tensor":
-        from pixeldecoder.latents import SPACES, find_latent_space, normalise
+        from pixeldecoder.latents import normalise_file
 
-        decoded = pipeline.config.latent_space
-        if latents.space and decoded and latents.space != decoded:
-            raise ValueError(f"latents of the {latents.space} space, but {self.decoder} decodes those of {decoded}")
         if self.index is not None and self.index >= len(latents.tensor):
             raise ValueError(f"holds {len(latents.tensor)} latents, none of index {self.index}")
-        if not latents.denormalized:
-            return latents.tensor
-        space = find_latent_space(None, self.latent_space) if self.latent_space else SPACES.get(decoded or "")
-        if space is None:
-            raise ValueError(
-                f"ComfyUI's latents are not normalised, and {self.decoder} does not tell its latent space: give "
-                f"--latent-space, one of {', '.join(SPACES)}"
-            )
-        if space.name == "flux2":  # whose autoencoder normalises by itself in ComfyUI
-            return latents.tensor
-        return normalise(latents.tensor, space)
+        return normalise_file(latents, pipeline.config.latent_space, self.latent_space, self.decoder)
 
 
 def _decoded_size(job: "Job", config: Mapping[str, Any]) -> tuple[int, int]:

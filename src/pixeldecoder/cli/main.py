@@ -20,6 +20,7 @@ from pixeldecoder.cli.generate import Generate
 from pixeldecoder.cli.parsing import parse
 from pixeldecoder.cli.plan import Plan
 from pixeldecoder.cli.redo import Info, Redo
+from pixeldecoder.cli.serve import Serve
 from pixeldecoder.cli.train import Distill, Train, run_training
 from pixeldecoder.errors import OUT_OF_MEMORY, explain
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type] = {
     "compare": Compare,
     "judge": Judge,
     "benchmark": Benchmark,
+    "serve": Serve,
     "bulk": Bulk,
     "train": Train,
     "distill": Distill,

@@ -45,10 +45,13 @@ class Request:
     """By the name that the engine has it under."""
     latents: torch.Tensor | None = None
     """(C, h, w) or (1, C, h, w), or packed as a pipeline has them, in which case `height` and `width` are needed."""
-    image: Image.Image | bytes | None = None
-    """A picture in any mode, or what is in the file of one, of at least 16 x 16 pixels; in place of latents."""
+    image: Image.Image | bytes | torch.Tensor | None = None
+    """A picture in any mode, or what is in the file of one, of at least 16 x 16 pixels, in place of latents; to be
+    encoded alone, (1, 3, H, W) in [-1, 1], too."""
     encode: bool = False
     """Make the picture's latents, and no image of them."""
+    size: tuple[int, int] | None = None
+    """Height and width of the picture that latents were made of, before it was padded to whole cells."""
     sigma: float = 0.0
     """Noise level in [0, 1] that latents have, or that is added to the latents of a picture."""
     seed: int = 0
@@ -87,9 +90,10 @@ class Progress:
 class Result:
     """What became of a request."""
 
-    plan: Plan
     seconds: float
     """From the request to here."""
+    plan: Plan | None = None
+    """How the image was cut; its memory is that of the batch."""
     image: torch.Tensor | None = None
     """(1, 3, H, W) float32 on the CPU, about [-1, 1] but not clamped."""
     alpha: Picture | None = None
@@ -154,10 +158,10 @@ class _Checked:
 
     key: tuple
     """Jobs of one key may be decoded in one batch."""
-    latents: torch.Tensor | None
-    picture: Picture | None
-    plan: Plan
-    passes: int
+    latents: torch.Tensor | None = None
+    picture: Picture | None = None
+    plan: Plan | None = None
+    passes: int = 0
     """Of the network over the image."""
 
 
@@ -182,7 +186,8 @@ class Engine:
         max_pixels: of an image that is made.
 
     Attributes:
-        batches: how many batches were decoded, by their number of images.
+        batches: how many batches were done, by their number of images.
+        pace: seconds that an image took lately.
     """
 
     def __init__(
@@ -196,6 +201,7 @@ class Engine:
         self.pipelines, self.limits = dict(pipelines), limits
         self.queue_size, self.max_batch, self.max_pixels = queue_size, max_batch, max_pixels
         self.batches: dict[int, int] = {}
+        self.pace: float | None = None
         self._encoders: dict[str, ImageEncoder | None] = {}
         self._rates: dict[str, tuple[float, float]] = {}
         self._waiting: deque[Job] = deque()
@@ -208,8 +214,11 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="pixeldecoder-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Job:
+    def submit(self, request: Request, watcher: Callable[[Progress], object] | None = None) -> Job:
         """Have a request done.
+
+        Args:
+            watcher: see `Job.watch`.
 
         Raises:
             ValueError: it cannot be; `TooLargeError` among them.
@@ -217,6 +226,8 @@ class Engine:
             ClosedError: the engine is being closed.
         """
         job = Job(request, self._check(request))
+        if watcher is not None:
+            job.watch(watcher)
         with self._changed:
             if self._closed:
                 raise ClosedError("the engine is being closed: no more requests are taken")
@@ -240,9 +251,15 @@ class Engine:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def estimate(self, request: Request) -> tuple[Plan, float]:
         """How a request would be decoded, and about how many seconds that takes; raises as `submit` does."""
         checked = self._check(request)
+        if checked.plan is None:
+            raise ValueError("what encoding takes is not known beforehand")
         if request.decoder not in self._rates:
             pipeline = self.pipelines[request.decoder]
             self._rates[request.decoder] = measure_rates(pipeline.transformer, pipeline._execution_device)
@@ -275,11 +292,21 @@ class Engine:
         cell = config.latent_downscale_factor
         if request.image is not None:  # by its head, before it is unpacked
             image = request.image
-            width, height = size(image, "image") if isinstance(image, bytes) else image.size
+            if isinstance(image, torch.Tensor):
+                if not request.encode or image.ndim != 4 or len(image) != 1:
+                    raise ValueError(
+                        f"expected a picture, or to encode a tensor (1, 3, H, W), got {tuple(image.shape)}"
+                    )
+                height, width = image.shape[2:]
+            else:
+                width, height = size(image, "image") if isinstance(image, bytes) else image.size
             if min(height, width) < 16:
                 raise ValueError(f"expected an image of at least 16 x 16 pixels, got {width} x {height}")
-            self._check_size(scale * height, scale * width)
-            picture = read(image, "image")
+            larger = 1 if request.encode else scale
+            self._check_size(larger * height, larger * width)
+            if request.encode:
+                return _Checked((object(),), picture=None if isinstance(image, torch.Tensor) else read(image, "image"))
+            picture = read(image, "image")  # type: ignore[arg-type]
             height, width = (-(-side // cell) for side in (picture.rgb.height, picture.rgb.width))
         else:
             latents = pipeline.check_latents(request.latents, request.height, request.width, request.denormalized)
@@ -287,10 +314,15 @@ class Engine:
                 raise ValueError(f"expected the latents of one image, got {len(latents)}")
             height, width = latents.shape[-2:]
             self._check_size(cell * scale * height, cell * scale * width)
+            if request.size is not None and (request.size[0] > cell * height or request.size[1] > cell * width):
+                raise ValueError(
+                    f"size {request.size[1]} x {request.size[0]} px, but the latents are those of {cell * width} x "
+                    f"{cell * height} px"
+                )
         layout = self._plan(pipeline, height, width, 1, self.limits)
         key = (request.decoder, height, width, steps, request.guidance_scale)
         passes = steps * (2 if pipeline.guides(request.guidance_scale) else 1)
-        return _Checked((object(),) if request.encode else key, latents, picture, layout, passes)
+        return _Checked(key, latents, picture, layout, passes)
 
     def _check_size(self, height: int, width: int) -> None:
         if self.max_pixels is not None and height * width > self.max_pixels:
@@ -338,12 +370,14 @@ class Engine:
         """How many such jobs the memory allows, cut in the same tiles as one, so that each is what it is alone."""
         for count in range(most, 1, -1):
             with suppress(ValueError):
-                pipeline, (_, height, width, *_) = self.pipelines[job.request.decoder], job.checked.key
-                if self._plan(pipeline, height, width, count, self.limits).tiles == job.checked.plan.tiles:
+                name, height, width, *_ = job.checked.key
+                layout = self._plan(self.pipelines[name], height, width, count, self.limits)
+                if job.checked.plan is not None and layout.tiles == job.checked.plan.tiles:
                     return count
         return 1
 
     def _answer(self, jobs: list[Job]) -> None:
+        begun = time.monotonic()
         try:
             results = self._encode(jobs[0]) if jobs[0].request.encode else self._decode(jobs)
         except BaseException as error:  # nobody else would tell those who wait
@@ -359,6 +393,8 @@ class Engine:
                 jobs[0].set_exception(error.with_traceback(None))  # which would hold tensors
             return
         self.batches[len(jobs)] = self.batches.get(len(jobs), 0) + 1
+        spent = (time.monotonic() - begun) / len(jobs)
+        self.pace = spent if self.pace is None else 0.8 * self.pace + 0.2 * spent
         for job, result in zip(jobs, results, strict=True):
             with suppress(InvalidStateError):  # cancelled meanwhile
                 job.set_result(result)
@@ -366,17 +402,19 @@ class Engine:
     def _encode(self, job: Job) -> list[Result]:
         job.report(state="running")
         latents = self._latents(job).cpu()
-        return [Result(job.checked.plan, time.monotonic() - job.begun, latents=latents)]
+        return [Result(time.monotonic() - job.begun, latents=latents)]
 
     def _latents(self, job: Job) -> torch.Tensor:
         request, checked = job.request, job.checked
         if checked.latents is not None:
             return checked.latents.float()
-        assert checked.picture is not None
         pipeline = self.pipelines[request.decoder]
         if request.decoder not in self._encoders:
             self._encoders[request.decoder] = image_encoder("auto", pipeline)
-        picture = checked.picture.flattened() if request.encode else checked.picture.rgb
+        if checked.picture is None:
+            picture: Any = request.image
+        else:
+            picture = checked.picture.flattened() if request.encode else checked.picture.rgb
         return pipeline.prepare(
             picture, request.sigma, noise_generator(request.seed), self._encoders[request.decoder],
             self.limits.max_memory,
@@ -386,6 +424,7 @@ class Engine:
         request, checked, batch = jobs[0].request, jobs[0].checked, self._batch
         pipeline = self.pipelines[request.decoder]
         steps, layout = checked.key[3], checked.plan
+        assert layout is not None
         batch.passes, batch.made, batch.begun = checked.passes * layout.tiles.count, 0, time.monotonic()
         for job in jobs:
             job.report(state="running", steps=steps)
@@ -412,12 +451,14 @@ class Engine:
         ).images.cpu()
         results, now = [], time.monotonic()
         for job, image in zip(jobs, images.split(1), strict=True):
-            picture = job.checked.picture
+            picture, sides = job.checked.picture, job.request.size
             if picture is not None:
-                scale = pipeline.transformer.config.scale
-                image = image[..., : scale * picture.rgb.height, : scale * picture.rgb.width]
+                sides = picture.rgb.height, picture.rgb.width
+            if sides is not None:
+                height, width = (pipeline.transformer.config.scale * side for side in sides)
+                image = image[..., :height, :width]
             # A copy: the rest of the batch is not held with it.
-            results.append(Result(pipeline.layout or layout, now - job.begun, image.clone(), picture))
+            results.append(Result(now - job.begun, pipeline.layout, image.clone(), picture))
         return results
 
     def _after_pass(self, pipeline: PixelDecoderPipeline) -> None:
