@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXTRAS = {
-    "bulk": ("braceexpand", "fsspec", "pyarrow", "ray"),
     "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
     "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
     "lora": ("peft",),
@@ -14,6 +13,7 @@ EXTRAS = {
     "serve": ("fastapi", "fastapi_offline", "gradio", "prometheus_client", "python_multipart", "uvicorn"),
     "ray": ("ray",),
     "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
+    "bulk": ("braceexpand", "fsspec", "pyarrow", "ray"),
 }
 """Modules of the optional dependencies in pyproject.toml."""
 OUT_OF_MEMORY = re.compile(

@@ -1,6 +1,5 @@
 """A row in, what became of it out: the engine of the server, fed row by row."""
 
-import hashlib
 import socket
 import time
 from collections import deque
@@ -12,7 +11,7 @@ import pyarrow as pa
 
 from pixeldecoder.bulk.output import RESULT
 from pixeldecoder.bulk.rows import read_row
-from pixeldecoder.bulk.settings import Settings
+from pixeldecoder.bulk.settings import Settings, row_seed
 from pixeldecoder.errors import explain
 from pixeldecoder.latents import normalise_file
 from pixeldecoder.plan import Plan
@@ -23,11 +22,6 @@ AHEAD = 2
 """Rows that are read while one is decoded."""
 TRIED = 8
 """Rows that all are judged by."""
-
-
-def row_seed(seed: int, id: str) -> int:
-    """Of a row's noise: neither the order of rows nor the number of workers matters."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8], "big") % 2**63
 
 
 class Decoder:
@@ -141,5 +135,3 @@ def estimate(rows: pa.Table, settings: Settings) -> Estimate:
         len(tried), sum(seconds) / len(seconds), max(plans, key=lambda layout: layout.height * layout.width),
         decoder.pipeline._execution_device.type, failures,
     )  # fmt: skip
-
-

@@ -126,8 +126,8 @@ class Output:
                     fs.rm(path)
             fs.rm(pending)
         if is_local(fs):
-            for path in Path(root).rglob(".*"):  # what was being written
-                path.unlink()
+            for partial in Path(root).rglob(".*"):  # what was being written
+                partial.unlink()
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_SH)
         return lock
@@ -196,7 +196,11 @@ class Output:
         tried = table.group_by("id").aggregate([("time", "max"), ("time", "count")])
         tried = tried.filter(pc.greater(tried["time_count"], 1))
         latest = dict(zip(tried["id"].to_pylist(), tried["time_max"].to_pylist(), strict=True))
-        for path in table.filter(pc.is_in(table["id"], pa.array([*latest, *gone], pa.string())))["__filename"].unique().to_pylist():
+        for path in (
+            table.filter(pc.is_in(table["id"], pa.array([*latest, *gone], pa.string())))["__filename"]
+            .unique()
+            .to_pylist()
+        ):
             part = pq.read_table(io.BytesIO(fs.cat_file(path)))
             rows = zip(part["id"].to_pylist(), part["time"].to_pylist(), strict=True)
             kept = part.filter(pa.array([id not in gone and time == latest.get(id, time) for id, time in rows]))
@@ -228,8 +232,8 @@ class Sink(BlockBasedFileDatasink):
         }
         if output.kind == "files":
             for row, name in made.items():
-                places[row] = f"images/{name}.{output.format}"
-                output.put(places[row], table["image"][row].as_py())
+                places[row] = file = f"images/{name}.{output.format}"
+                output.put(file, table["image"][row].as_py())
         elif made:
             file = f"images/{stem}.{'tar' if output.kind == 'webdataset' else 'parquet'}"
             output.put(file, self._shard(table, made))

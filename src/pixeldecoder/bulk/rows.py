@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import braceexpand
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -82,9 +83,10 @@ def find_rows(source: str, output: str | None = None, limit: int | None = None) 
     twice = counts.filter(pc.greater(counts["url_count"], 1))["id"].to_pylist()
     if twice:
         places = table.filter(pc.equal(table["id"], twice[0]))["url"].unique().to_pylist()
+        more = f", and {len(twice) - 1} other ids" if len(twice) > 1 else ""
         raise ValueError(
-            f"{source}: {len(twice)} ids stand for several rows, such as {twice[0]!r}, in {' and '.join(places)[:300]}: "
-            "an output is named by its row's id, so give each one of its own"
+            f"{source}: several rows have one id, {twice[0]!r} in {' and '.join(places)[:300]}{more}: an output is "
+            "named by its row's id, so give each one of its own"
         )
     return table
 
@@ -92,8 +94,6 @@ def find_rows(source: str, output: str | None = None, limit: int | None = None) 
 def _files(source: str, output: str | None) -> tuple[fsspec.AbstractFileSystem, list[str], str]:
     """The files of a source, all of one kind, and the folder that ids begin after."""
     if "{" in source:
-        import braceexpand
-
         several = [filesystem(url) for url in braceexpand.braceexpand(source)]
         fs, paths = several[0][0], [path for _, path in several]
     else:
@@ -183,7 +183,7 @@ def _samples(file: Any) -> Iterator[dict[str, Any]]:
                 members = {}
             key = match[1]
             members[match[2].lower()] = member
-            tar.members = []  # which would all be kept
+            tar.members = []  # type: ignore[attr-defined]  # which would all be kept
         file.seek(tar.offset)
         if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
             raise ValueError("the shard ends early, without a tar file's end")

@@ -1,6 +1,7 @@
 """Rows and an output in; every row decoded once, by actors of Ray Data, and counts of what became of them out."""
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -60,7 +61,7 @@ class Source(Datasource):
             # Copied: a slice would be sent with all that it was cut from.
             piece = self.rows.take(list(range(start, min(start + self.piece, len(self.rows)))))
             metadata = BlockMetadata(num_rows=len(piece), size_bytes=piece.nbytes, input_files=None, exec_stats=None)
-            tasks.append(ReadTask(lambda piece=piece: [piece], metadata, piece.schema))
+            tasks.append(ReadTask(functools.partial(iter, [piece]), metadata, piece.schema))
         return tasks
 
 
@@ -140,29 +141,28 @@ def _started(address: str | None, actors: int | None, device: str) -> Iterator[t
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     threads = 1
     if address is None:
-        import torch
-
-        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-        count = actors or gpus or 1
-        if gpus and count > gpus:
-            raise ValueError(f"--actors {count}: each has a GPU of its own, and this machine has {gpus}")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count))
-        # Logical cores: beside the actors there are those who read and write.
+        cores = os.cpu_count() or 1
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (actors or 1)))
         options |= {
-            "num_cpus": count * threads + 2, "num_gpus": gpus, "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE, "_node_ip_address": "127.0.0.1",
-        }  # fmt: skip
+            "num_cpus": max(cores, (actors or 1) * threads) + 2,  # beside the actors there are those who read and write
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+            "_node_ip_address": "127.0.0.1",
+        }
     else:
         _check_reachable(address)
     try:
         ray.init(address, **options)
     except (ConnectionError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
-        raise ValueError(f"--ray-address {address}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from None
     try:
-        if address is not None:
-            gpus = int(ray.cluster_resources().get("GPU", 0)) if device in ("auto", "cuda") else 0
-            count = actors or gpus or 1
-        yield count, {"num_gpus": 1, "num_cpus": 1} if gpus or device == "cuda" else {"num_cpus": threads}
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if device in ("auto", "cuda") else 0
+        if device == "cuda" and not gpus and address is None:
+            raise ValueError("--device cuda: this machine has none")
+        if gpus and address is None and (actors or 0) > gpus:
+            raise ValueError(f"--actors {actors}: each has a GPU of its own, and this machine has {gpus}")
+        on_gpu = gpus or device == "cuda"  # which a cluster that grows may have later
+        yield actors or gpus or 1, {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": threads}
     finally:
         ray.shutdown()
 

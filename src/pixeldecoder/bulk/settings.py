@@ -1,5 +1,6 @@
 """What an actor must know to decode rows, as it is sent to it."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,3 +33,8 @@ class Settings:
     prompt: str
     """Of rows without one of their own."""
     metadata: bool
+
+
+def row_seed(seed: int, id: str) -> int:
+    """Of a row's noise: neither the order of rows nor the number of workers matters."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8], "big") % 2**63

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pixeldecoder.cli.options import Decoder, check_positive, check_sigma, lora_and_strength, word
+from pixeldecoder.errors import require
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +41,7 @@ class Bulk(Decoder):
     format: Literal["png", "webp", "jpg"] = "png"
     """Of the pictures."""
     shard_size: Annotated[int, word("ROWS")] = 64
-    """Rows to a shard or table, and to a part of the manifest; so many finished rows may be made again after a crash."""
+    """Rows to a shard or table, and to a part of the manifest; a crash may cost that many finished rows."""
     actors: int | None = None
     """Decoders at work, each with a GPU of its own or a share of the cores; by default as many as there are GPUs, or
     one."""
@@ -73,6 +74,7 @@ class Bulk(Decoder):
         check_positive(shard_size=self.shard_size, actors=self.actors, limit=self.limit)
         if self.price is not None and self.price < 0:
             raise ValueError(f"--price {self.price}: expected 0 or more")
+        require("bulk", "bulk", "braceexpand", "fsspec", "pyarrow", "ray")
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         if self.ray_address is None:  # Ray reads this as it is imported
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -155,6 +157,4 @@ class Bulk(Decoder):
         for row in failed.slice(0, TOLD).to_pylist():
             print(f"{row['id']}: {row['reason']}", file=sys.stderr)
         more = "" if len(failed) <= TOLD else f", and {len(failed) - TOLD} more in {self.output}/manifest"
-        raise ValueError(
-            f"{len(failed)} of {len(rows)} rows failed: see above{more}; --retry-failed tries them again"
-        )
+        raise ValueError(f"{len(failed)} of {len(rows)} rows failed: see above{more}; --retry-failed tries them again")
