@@ -110,7 +110,8 @@ def decode_rows(
         if lock is not None:
             lock.close()
     counts = Counter(after.filter(pc.is_in(after["id"], rows["id"]))["status"].to_pylist())
-    return counts + Counter(new=len(todo))
+    counts["new"] = len(todo)
+    return counts
 
 
 def _run(rows: pa.Table, settings: Settings, shard_size: int, actors: int, resources: dict[str, float]) -> None:
@@ -209,7 +210,7 @@ def _progress(output: Output, total: int, screen: IO[str]) -> Iterator[None]:
             while not ended.wait(POLL):
                 with contextlib.suppress(OSError):
                     look()
-                bar.refresh()
+                bar.update(0)  # its time
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
