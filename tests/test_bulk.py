@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -24,10 +25,12 @@ from safetensors.torch import save_file
 
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.bulk import output as output_module
-from pixeldecoder.bulk.output import MANIFEST, Output
+from pixeldecoder.bulk.decoder import Decoder
+from pixeldecoder.bulk.output import MANIFEST, Output, Sink
 from pixeldecoder.bulk.rows import find_rows, read_row
-from pixeldecoder.bulk.settings import row_seed
+from pixeldecoder.bulk.settings import Settings, row_seed
 from pixeldecoder.files import read_made
+from pixeldecoder.plan import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -431,42 +434,80 @@ def _array(values: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def check_bad_rows(good: int, wrong: int) -> None:
-    expected = dict(zip(folder(range(good)), range(good), strict=True))
-    reasons = bad(wrong)
-    result = run("--dtype", "float32", "--shard-size", "16")
-    assert result.returncode == 2, result
-    assert f"out: {good} done, {wrong} failed, 0 skipped of {good + wrong} rows" in result.stdout
-    lines = result.stderr.splitlines()
-    assert lines[-1] == (
-        f"pixeldecoder: {wrong} of {good + wrong} rows failed: see above; --retry-failed tries them again"
-    )
+def bad_rows_among(good: int) -> tuple[dict[str, int], dict[str, str]]:
+    return dict(zip(folder(range(good)), range(good), strict=True)), bad(10)
+
+
+def settings(sink: str, format: str = "png") -> Settings:
+    return Settings(
+        decoder="nano", load=lambda: PixelDecoderPipeline.from_pretrained("nano", dtype=torch.float32), limits=Limits,
+        device="cpu", output=Output("out", sink, format, "12345678"), seed=0, steps=1, sigma=None, latent_space=None,
+        prompt="", metadata=True,
+    )  # fmt: skip
+
+
+def decode_here(sink: str, format: str = "png") -> None:
+    """Without Ray: one actor, one write."""
+    torch.set_num_threads(1)
+    chosen = settings(sink, format)
+    lock = chosen.output.begin({})
+    results = list(Decoder(chosen)(find_rows("in")))
+    Sink(chosen.output, 64).write(results, SimpleNamespace(kwargs={"write_uuid": "run"}, task_idx=0))
+    output_module._JOINED.pop(chosen.output.run).close()
+    lock.close()
+
+
+@pytest.mark.parametrize("sink", ["files", "webdataset", "parquet"])
+def test_a_bad_row_stops_no_other(sink):
+    expected, reasons = bad_rows_among(6)
+    decode_here(sink)
     failed = told("failed")
-    assert set(failed) == set(reasons)
+    assert set(failed) == set(reasons) and set(told()) == set(expected)
     for id, reason in reasons.items():
-        assert reason in failed[id]["reason"] and f"{id}: {failed[id]['reason']}" in lines
-    check_pictures("files", expected, every=10)
+        assert reason in failed[id]["reason"] and failed[id]["output"] is None
+    for row in (failed | told()).values():
+        assert row["device"] == "cpu" and row["node"] and row["seconds"] > 0 and Path(row["url"]).is_file()
+    check_pictures(sink, expected, every=2)
 
 
-def test_bad_rows_stop_no_other_and_are_tried_again_when_asked():
-    check_bad_rows(20, 10)
-    before = {path: path.stat().st_mtime_ns for path in Path("out/images").rglob("*.png")}
-    again = run("--dtype", "float32")  # nothing to do, without Ray
-    assert again.returncode == 2 and "30 of them in earlier runs; 0 in 0 s" in again.stdout
-    Path("in/bad1.safetensors").unlink()  # one is repaired, one is gone
-    save_file({"latents": latents(77)}, "in/bad1.safetensors")
-    Path("in/bad0.npy").unlink()
-    again = run("--dtype", "float32", "--retry-failed")
-    assert again.returncode == 2 and "21 done, 8 failed, 0 skipped of 29 rows, 20 of them in earlier" in again.stdout
-    assert set(told("failed")) == {f"bad{index}" for index in range(2, 10)}
-    expected = {id: index for id, index in zip(folder(range(20)), range(20), strict=True)} | {"bad1": 77}
-    check_pictures("files", expected, every=10)
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+def test_pictures_are_encoded_and_what_holds_neither_is_skipped():
+    photo = Image.effect_noise((24, 20), 80).convert("RGB")
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+    shard("in/a.tar", {"0.png": file.getvalue(), "0.json": b'{"sigma": 0.2}', "1.txt": b"words"})
+    decode_here("parquet", "webp")
+    assert told("skipped")["a/1"]["reason"] == "neither a picture nor latents among .txt"
+    (image,) = pictures("parquet").values()
+    pipeline = PixelDecoderPipeline.from_pretrained("nano", dtype=torch.float32)
+    seed = row_seed(0, "a/0")
+    generator, noise = (torch.Generator().manual_seed(number) for number in (seed, seed + 1))
+    expected = pipeline.upscale(photo, 0.2, noise, num_inference_steps=1, generator=generator).images[0]
+    assert image.format == "WEBP" and image.size == expected.size == (96, 80)
+    assert np.abs(np.asarray(image, np.float32) - np.asarray(expected, np.float32)).mean() < 3  # WebP's own loss
 
 
 @pytest.mark.slow
-def test_10_bad_rows_among_500():
-    check_bad_rows(490, 10)
+def test_10_bad_rows_among_500_are_tried_again_when_asked():
+    expected, reasons = bad_rows_among(490)
+    words = ("--dtype", "float32", "--shard-size", "16")
+    result = run(*words)
+    assert result.returncode == 2 and "out: 490 done, 10 failed, 0 skipped of 500 rows" in result.stdout, result
+    lines = result.stderr.splitlines()
+    assert lines[-1] == "pixeldecoder: 10 of 500 rows failed: see above; --retry-failed tries them again"
+    failed = told("failed")
+    assert set(failed) == set(reasons) and all(f"{id}: {failed[id]['reason']}" in lines for id in reasons)
+    check_pictures("files", expected, every=10)
+    before = {path: path.stat().st_mtime_ns for path in Path("out/images").rglob("*.png")}
+    again = run(*words)  # nothing to do, and so without Ray
+    assert again.returncode == 2 and "500 of them in earlier runs; 0 in 0 s" in again.stdout
+    Path("in/bad1.safetensors").unlink()  # one is repaired, one is gone
+    save_file({"latents": latents(77)}, "in/bad1.safetensors")
+    Path("in/bad0.npy").unlink()
+    again = run(*words, "--retry-failed")
+    assert again.returncode == 2 and "491 done, 8 failed, 0 skipped of 499 rows, 490 of them in earl" in again.stdout
+    assert set(told("failed")) == {f"bad{index}" for index in range(2, 10)}
+    check_pictures("files", expected | {"bad1": 77}, every=10)
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
 def refused(*words: str) -> str:
@@ -490,6 +531,7 @@ def test_what_is_refused_before_anything_is_made():
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_what_is_written_counts():
     """On a file system of its own, of 60 kB."""
     expected = dict(zip(folder(range(40)), range(40), strict=True))
@@ -516,32 +558,14 @@ def test_a_full_disk_stops_the_run_and_what_is_written_counts():
 
 
 def test_a_dry_run_tells_what_it_would_take_and_makes_nothing():
-    shards(range(30))
-    result = run("--dry-run", "--price", "2", "--actors", "4")
+    shards(range(40))
+    result = run("--dry-run", "--price", "2", "--actors", "4", "--limit", "30")
     assert result.returncode == 0, result
     lines = result.stdout.splitlines()
     assert re.fullmatch(r"judged by 8 rows; the largest of them: \d+ x \d+ px, whole, .* GB of memory", lines[0])
     for line, count in zip(lines[1:], (1, 4, 8), strict=True):
         assert re.fullmatch(rf"{count} x cpu: about [\d.]+ (s|min|h), 0\.\d\d at 2 an hour for each", line)
     assert "in: 30 rows" in result.stderr and not Path("out").exists()
-    assert "in: 7 rows" in run("--dry-run", "--limit", "7").stderr
-
-
-def test_pictures_are_encoded_and_what_holds_neither_is_skipped():
-    photo = Image.effect_noise((24, 20), 80).convert("RGB")
-    file = io.BytesIO()
-    photo.save(file, "PNG")
-    shard("in/a.tar", {"0.png": file.getvalue(), "0.json": b'{"sigma": 0.2}', "1.txt": b"words"})
-    result = run("--sink", "parquet", "--dtype", "float32", "--format", "webp")
-    assert result.returncode == 0 and "1 done, 0 failed, 1 skipped of 2 rows" in result.stdout, result
-    assert told("skipped")["a/1"]["reason"] == "neither a picture nor latents among .txt"
-    (image,) = pictures("parquet").values()
-    pipeline = PixelDecoderPipeline.from_pretrained("nano", dtype=torch.float32)
-    seed = row_seed(0, "a/0")
-    generator, noise = (torch.Generator().manual_seed(number) for number in (seed, seed + 1))
-    expected = pipeline.upscale(photo, 0.2, noise, num_inference_steps=1, generator=generator).images[0]
-    assert image.format == "WEBP" and image.size == expected.size == (96, 80)
-    assert np.abs(np.asarray(image, np.float32) - np.asarray(expected, np.float32)).mean() < 3  # WebP's own loss
 
 
 @pytest.mark.slow
