@@ -285,7 +285,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def _list(fs: Any, folder: str, suffix: str) -> list[str]:
-    fs.invalidate_cache(folder)
+    fs.invalidate_cache()
     names = fs.ls(folder, detail=False) if fs.isdir(folder) else []
     return sorted(name for name in names if name.endswith(suffix) and PurePosixPath(name).name[0] != ".")
 
