@@ -189,6 +189,7 @@ def test_tables_that_cannot_be_read_are_named():
         ("mixed", r"mixed: holds 1 pictures or latents, 1 \.tar: name those of one kind, such as mixed/\*\.tar"),
         ("twice", "twice: several rows have one id, 'a' in .*/a.npy and .*/a.png: an output is named by its row's id"),
         ("again/*", "again/.*: several rows have one id, 'x' in .*/a.parquet and .*/b.parquet: an"),
+        ("mixed/b.tar", "mixed/b.tar: no rows in it"),
         ("nowhere://x", "nowhere://x: Protocol not known: nowhere"),
     ],
 )
@@ -258,7 +259,9 @@ def test_folders_that_are_not_ours_and_settings_of_another_run():
     Path("file").write_text("")
     Path("full").mkdir()
     Path("full/letter.txt").write_text("")
+    output.begin({"steps": 2}).close()  # nothing was made
     output.begin({"steps": 1, "seed": 0}).close()
+    manifest_part(output, "a", {"x": ("done", 1.0)})
     for url, settings, message in (
         ("file", {}, "file is a file: expected a folder as output"),
         ("full", {}, "full holds other files, such as letter.txt: give a folder of its own"),
@@ -521,14 +524,21 @@ def test_what_is_refused_before_anything_is_made():
     folder(range(2))
     line = refused("--ray-address", "127.0.0.1:9")
     assert re.fullmatch(r"pixeldecoder: --ray-address 127\.0\.0\.1:9: no cluster answers there \(.*refused.*\)", line)
-    assert refused("--ray-address", "here") == (
-        'pixeldecoder: --ray-address here: expected HOST:PORT, ray://HOST:PORT or "auto"'
-    )
+    assert refused("--ray-address", "here") == ('pixeldecoder: --ray-address here: expected HOST:PORT or "auto"')
     assert refused("--shard-size", "0") == "pixeldecoder: --shard-size 0: expected at least 1"
     assert not Path("out/images").exists() and not Path("out/manifest").exists()
+    manifest_part(Output("out", "files", "png", "12345678"), "a", {"0001": ("done", 1.0)})
     assert refused("--seed", "1") == (
         "pixeldecoder: out was made with seed 0, not 1: give another folder, or the same settings"
     )
+
+
+@pytest.mark.slow
+def test_actors_that_cannot_load_say_why():
+    folder(range(2))
+    line = refused("--steps", "5")
+    assert line.startswith("pixeldecoder: --steps 5: a distilled decoder takes 1 to 4 steps, got 5")
+    assert run().returncode == 0  # nothing was made with 5
 
 
 @pytest.mark.slow

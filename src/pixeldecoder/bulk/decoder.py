@@ -1,5 +1,6 @@
 """A row in, what became of it out: the engine of the server, fed row by row."""
 
+import errno
 import socket
 import time
 from collections import deque
@@ -61,9 +62,8 @@ class Decoder:
             raise ValueError(f"holds {len(latents.tensor)} latents: expected those of one image")
         if sigma is None and latents.sigma is not None:
             sigma = latents.sigma.item()
-        tensor = normalise_file(
-            latents, self.pipeline.config.latent_space, settings.latent_space, settings.decoder
-        )  # fmt: skip
+        decoded = self.pipeline.config.latent_space
+        tensor = normalise_file(latents, decoded, settings.latent_space, settings.decoder)
         return Request(**vars(request) | {"latents": tensor, "size": latents.size, "sigma": sigma or 0.0})
 
     def _submit(self, row: dict[str, Any]) -> tuple[Request | None, Job | Exception]:
@@ -89,8 +89,10 @@ class Decoder:
             said |= {"status": "done", "width": image.width, "height": image.height}
             said["image"] = picture_bytes(image, settings.output.format, made)
         except Exception as error:  # whatever a row holds, it is that row's
-            if "CUDA error" in str(error):  # of the device, which does nothing more
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # as the next row would meet it
                 raise
+            if "CUDA error" in str(error):  # after which a device does nothing more
+                raise OSError(f"the device has failed at {row['id']}: {error}") from None
             said |= {"status": "skipped" if row["suffix"] == "" else "failed"}
             said["reason"] = explain(error, "") or f"{type(error).__name__}: {error}"
         now = time.perf_counter()
@@ -120,7 +122,8 @@ def estimate(rows: pa.Table, settings: Settings) -> Estimate:
     """
     decoder = Decoder(settings)
     seconds, plans, failures = [], [], []
-    tried = rows.take([len(rows) * index // TRIED for index in range(min(TRIED, len(rows)))]).to_pylist()
+    count = min(TRIED, len(rows))
+    tried = rows.take([len(rows) * index // count for index in range(count)]).to_pylist()
     for row in tried:
         try:
             layout, time_ = decoder.engine.estimate(decoder.request(row))

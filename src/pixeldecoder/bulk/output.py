@@ -74,7 +74,7 @@ class Output:
         return "/".join((filesystem(self.url)[1], *names))
 
     def check(self, settings: dict[str, Any]) -> None:
-        """Raises ValueError if the folder is no output of ours, or was made with other settings."""
+        """Raises ValueError if the folder is no output of ours, or has rows that were made with other settings."""
         fs, root = filesystem(self.url)
         path = self.path("settings.json")
         if fs.isfile(root):
@@ -91,7 +91,7 @@ class Output:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: expected the settings of the run that made {self.url}: {error}") from None
         other = [name for name in sorted({**there, **settings}) if there.get(name) != settings.get(name)]
-        if other:
+        if other and self.parts():
             told = ", ".join(f"{name} {there.get(name)!r}, not {settings.get(name)!r}" for name in other)
             raise ValueError(f"{self.url} was made with {told}: give another folder, or the same settings")
 

@@ -79,6 +79,8 @@ def find_rows(source: str, output: str | None = None, limit: int | None = None) 
                 if limit is not None and sum(map(len, tables)) >= limit:
                     break
     table = pa.concat_tables(tables).slice(0, limit).combine_chunks()
+    if not len(table):
+        raise ValueError(f"{source}: no rows in it")
     counts = table.group_by("id").aggregate([("url", "count")])
     twice = counts.filter(pc.greater(counts["url_count"], 1))["id"].to_pylist()
     if twice:

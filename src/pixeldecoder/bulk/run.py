@@ -1,5 +1,6 @@
 """Rows and an output in; every row decoded once, by actors of Ray Data, and counts of what became of them out."""
 
+import builtins
 import contextlib
 import functools
 import logging
@@ -7,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
@@ -30,7 +32,7 @@ OBJECT_STORE = 512 * 2**20
 REACHABLE = 10.0
 """Seconds that a cluster may take to answer."""
 POLL = 2.0
-"""Seconds between looks at the manifest, for the progress bar."""
+"""Seconds between looks at the manifest, for the progress bar, if these are quick."""
 
 
 class Actor:
@@ -127,12 +129,24 @@ def _run(rows: pa.Table, settings: Settings, shard_size: int, actors: int, resou
         with _quiet() as screen, _progress(settings.output, len(rows), screen):
             dataset.write_datasink(Sink(settings.output, shard_size), ray_remote_args=light)
     except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and (isinstance(cause, ray.exceptions.RayError) or not explain(cause, "")):  # type: ignore[arg-type]
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise OSError(f"{cause}: stopped; what is written counts, and the same command goes on from there") from None
+        raise _cause(error) or error from None
+
+
+def _cause(error: BaseException) -> Exception | None:
+    """What Ray wraps, if it is something that a user can mend."""
+    cause: Any = error
+    while isinstance(cause, ray.exceptions.RayError):
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if inner is None and isinstance(cause, ray.exceptions.ActorDiedError):  # which has it as text alone
+            name, _, said = str(cause).strip().splitlines()[-1].partition(": ")
+            kind = getattr(builtins, name, None)
+            inner = kind(said) if isinstance(kind, type) and issubclass(kind, Exception) else None
+        cause = inner
+    if not isinstance(cause, Exception) or explain(cause, "") is None:
+        return None
+    if isinstance(cause, OSError):
+        return OSError(f"{cause}: stopped; what is written counts, and the same command goes on from there")
+    return cause
 
 
 @contextlib.contextmanager
@@ -153,7 +167,7 @@ def _started(address: str | None, actors: int | None, device: str) -> Iterator[t
     else:
         _check_reachable(address)
     try:
-        ray.init(address, **options)
+        ray.init(address or "local", **options)
     except (ConnectionError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         raise ValueError(f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:300]}") from None
     try:
@@ -169,11 +183,11 @@ def _started(address: str | None, actors: int | None, device: str) -> Iterator[t
 
 
 def _check_reachable(address: str) -> None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if address == "auto":
         return
     if not host or not port.isdecimal():
-        raise ValueError(f'--ray-address {address}: expected HOST:PORT, ray://HOST:PORT or "auto"')
+        raise ValueError(f'--ray-address {address}: expected HOST:PORT or "auto"')
     try:
         socket.create_connection((host, int(port)), REACHABLE).close()
     except OSError as error:
@@ -207,10 +221,13 @@ def _progress(output: Output, total: int, screen: IO[str]) -> Iterator[None]:
                 bar.update(output.rows_in(part))
 
         def watch() -> None:
-            while not ended.wait(POLL):
+            pause = POLL
+            while not ended.wait(pause):
+                begun = time.monotonic()
                 with contextlib.suppress(OSError):
                     look()
                 bar.update(0)  # its time
+                pause = max(POLL, 10 * (time.monotonic() - begun))
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

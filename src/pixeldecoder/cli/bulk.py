@@ -46,7 +46,7 @@ class Bulk(Decoder):
     """Decoders at work, each with a GPU of its own or a share of the cores; by default as many as there are GPUs, or
     one."""
     ray_address: Annotated[str | None, word("ADDRESS")] = None
-    """Of a running Ray cluster: HOST:PORT, ray://HOST:PORT or "auto"; by default Ray is started here and ended."""
+    """Of the Ray cluster that this machine is in: HOST:PORT or "auto"; by default Ray is started here and ended."""
     limit: Annotated[int | None, word("ROWS")] = None
     """The first rows alone."""
     retry_failed: bool = False
