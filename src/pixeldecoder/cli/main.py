@@ -11,6 +11,7 @@ import tyro
 
 from pixeldecoder import __version__
 from pixeldecoder.cli.benchmark import Benchmark
+from pixeldecoder.cli.bulk import Bulk
 from pixeldecoder.cli.convert import Convert, Export
 from pixeldecoder.cli.decode import Decode, Encode, Upscale
 from pixeldecoder.cli.demo import Demo
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type] = {
     "judge": Judge,
     "benchmark": Benchmark,
     "serve": Serve,
+    "bulk": Bulk,
     "train": Train,
     "distill": Distill,
 }
