@@ -74,7 +74,12 @@ def test_base_of_other_spaces(change):
     latents = torch.randn(1, model.config.latent_channels, 3, 2)
     side = model.config.scale * 8
     assert model.encode_latents(latents, 3 * side, 2 * side, sigma=0.1).base.shape == (1, 3, 3 * side, 2 * side)
-    assert model.encode_latents(latents, 3 * side - 16, 2 * side, sigma=0.1).base.shape == (1, 3, 3 * side - 16, 2 * side)
+    assert model.encode_latents(latents, 3 * side - 16, 2 * side, sigma=0.1).base.shape == (
+        1,
+        3,
+        3 * side - 16,
+        2 * side,
+    )
 
 
 @torch.no_grad()

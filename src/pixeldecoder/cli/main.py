@@ -11,7 +11,8 @@ import tyro
 
 from pixeldecoder import __version__
 from pixeldecoder.cli.benchmark import Benchmark
-from pixeldecoder.cli.convert import Convert
+from pixeldecoder.cli.bulk import Bulk
+from pixeldecoder.cli.convert import Convert, Export
 from pixeldecoder.cli.decode import Decode, Encode, Upscale
 from pixeldecoder.cli.demo import Demo
 from pixeldecoder.cli.evaluate import Compare, Evaluate, Judge
@@ -19,6 +20,7 @@ from pixeldecoder.cli.generate import Generate
 from pixeldecoder.cli.parsing import parse
 from pixeldecoder.cli.plan import Plan
 from pixeldecoder.cli.redo import Info, Redo
+from pixeldecoder.cli.serve import Serve
 from pixeldecoder.cli.train import Distill, Train, run_training
 from pixeldecoder.errors import OUT_OF_MEMORY, explain
 
@@ -31,11 +33,14 @@ COMMANDS: dict[str, type] = {
     "info": Info,
     "redo": Redo,
     "convert": Convert,
+    "export": Export,
     "plan": Plan,
     "evaluate": Evaluate,
     "compare": Compare,
     "judge": Judge,
     "benchmark": Benchmark,
+    "serve": Serve,
+    "bulk": Bulk,
     "train": Train,
     "distill": Distill,
 }
