@@ -104,6 +104,8 @@ class Config:
     """What the terms of the last stages count."""
     crops: int = 180
     """How many the cascade's picture is made of, at about 5 s each on a CPU's thread."""
+    start: Path | None = None
+    """Weights of a base from which that stage begins, .safetensors."""
     out: Path = Path("outputs/nano")
     resolution: int = 512
     """Of the pictures to validate on; photos with a shorter side are left out."""
@@ -129,6 +131,7 @@ class Nano(Conditioned):
     networks: Path = Path()
     """Folder of those it learns from."""
     crops: int = 180
+    start: Path | None = None
     weights: Weights = field(default_factory=Weights)
 
 
@@ -167,6 +170,7 @@ def configure(config: Config) -> Nano:
         tracker="none",
         networks=config.weights,
         crops=config.crops,
+        start=config.start,
         weights=config.terms,
     )
 
@@ -404,6 +408,8 @@ class BaseStage(DecoderStage):
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         model = PixelDecoderTransformer2DModel(**NANO)
+        if config.start is not None:
+            model.base.load_state_dict({name: x.float() for name, x in load_file(config.start).items()})
         super().__init__(config, accelerator, model, 0.015, Trunk(model.base))
         taef1 = AutoencoderTiny.from_pretrained(config.encoder).decoder.requires_grad_(False)
         self.taef1 = taef1.to(accelerator.device, memory_format=torch.channels_last)

@@ -32,7 +32,7 @@ class Oracle:
         config = self.config
         patch, (height, width) = config.patch_size, x.shape[-2:]
         grid = (height // patch, width // patch)
-        injections, pixel_injection = self.adapter(latents, grid)
+        injections, pixel_injection, aux = self.adapter(latents, grid)
         base = None if config.base_dim is None else self.base(latents, sigma)
         seen = x if base is None else torch.cat([x, base], dim=1)
 
@@ -64,6 +64,8 @@ class Oracle:
         out = out.reshape(len(x), *grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
         if config.prediction_type == "velocity":
             return out
+        if config.aux_rgb_base:
+            out = out + F.interpolate(aux, size=(height, width), mode="bicubic")
         if base is not None:
             out = out + base
         return (x - out) / max(t, 0.05)
@@ -94,7 +96,15 @@ class Oracle:
             self.linear(f"adapter.heads.{i}", tokens) for i in range(-(-config.num_layers // config.injection_interval))
         ]
         pixel = self.linear("adapter.pixel_head", tokens) if config.inject_pixels else None
-        return heads, pixel
+        aux = None
+        if config.aux_rgb_base:
+            features = outputs[config.aux_rgb_block if config.aux_rgb_block < 0 else config.aux_rgb_block + 1]
+            y = features.movedim(1, -1)
+            weight, bias = (self.weights[f"adapter.aux_rgb_head.norm.{leaf}"] for leaf in ("weight", "bias"))
+            y = F.silu(self.linear("adapter.aux_rgb_head.proj_in", F.layer_norm(y, y.shape[-1:], weight, bias)))
+            y = self.linear("adapter.aux_rgb_head.proj_out", y).movedim(-1, 1)
+            aux = F.pixel_shuffle(y, config.patch_size // config.scale)
+        return heads, pixel, aux
 
     def base(self, z, sigma):
         """TAESD's decoder with a bias for sigma at every size, then enlarged: no bands."""

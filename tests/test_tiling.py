@@ -26,7 +26,7 @@ def test_tiles_cover_the_image_and_their_weights_sum_to_one(side, tile, overlap,
     assert all(pixels >= min(overlap, tiles.height - patch) for pixels in shared)
     calls = []
     image = torch.randn(1, 3, side, 3 * patch)
-    velocity = tiled_velocity(lambda x, _: calls.append(1) or x, image, None, tiles, patch)
+    velocity = tiled_velocity(lambda x, _: calls.append(1) or x, image, None, tiles, patch, 4)
     torch.testing.assert_close(velocity, image)
     assert len(calls) == tiles.count
 
@@ -60,7 +60,7 @@ def test_weights_ramp():
     assert tiles == Tiles(8, 32, (0,), (0, 16), 16)
     seen = iter([0.0, 1.0])
     ones = torch.ones(1, 3, 8, 48)
-    velocity = tiled_velocity(lambda x, _: x * next(seen), ones, None, tiles, 8)
+    velocity = tiled_velocity(lambda x, _: x * next(seen), ones, None, tiles, 8, 2)
     expected = torch.cat([torch.zeros(16), (torch.arange(16) + 0.5) / 16, torch.ones(16)])
     torch.testing.assert_close(velocity[0, 0, 0], expected)
 
@@ -80,27 +80,28 @@ def test_weights_by_hand(lefts, overlap, expected):
     tiles = Tiles(8, 32, (0,), lefts, overlap)
     seen = iter([1.0, 0.0])
     ones = torch.ones(1, 3, 8, 32 + lefts[1])
-    velocity = tiled_velocity(lambda x, _: x * next(seen), ones, None, tiles, 8)
+    velocity = tiled_velocity(lambda x, _: x * next(seen), ones, None, tiles, 8, 2)
     torch.testing.assert_close(velocity[0, 0, 0], torch.tensor([*expected, *[0.0] * lefts[1]]))
     assert velocity.diff(dim=3).abs().max() < 0.15
 
 
 def test_every_tile_gets_its_own_features():
     """A network that returns its features: each patch finds what the adapter made for it."""
-    patch, grid = 8, (6, 9)
+    patch, aux_pixels, grid = 8, 2, (6, 9)
     tokens = torch.arange(54.0).reshape(1, 54, 1)
-    base = F.interpolate(tokens.reshape(1, 1, *grid), scale_factor=float(patch))
+    aux, base = (F.interpolate(tokens.reshape(1, 1, *grid), scale_factor=float(n)) for n in (aux_pixels, patch))
 
     def network(image: torch.Tensor, features: LatentFeatures) -> torch.Tensor:
         size = image.shape[-2] // patch, image.shape[-1] // patch
         per_patch = [x.reshape(1, 1, *size) for x in (*features.injections, features.pixel)]
         enlarged = F.interpolate(torch.cat(per_patch, dim=1), scale_factor=float(patch))
+        assert torch.equal(F.interpolate(features.aux_rgb, scale_factor=4.0), enlarged[:, :1])
         assert torch.equal(features.base, enlarged[:, :1])
         return enlarged
 
-    features = LatentFeatures(injections=(tokens, 2 * tokens), pixel=3 * tokens, aux_rgb=None, base=base)
+    features = LatentFeatures(injections=(tokens, 2 * tokens), pixel=3 * tokens, aux_rgb=aux, base=base)
     image = torch.zeros(1, 3, 48, 72)
-    velocity = tiled_velocity(network, image, features, cut(48, 72, 32, 8, patch), patch)
+    velocity = tiled_velocity(network, image, features, cut(48, 72, 32, 8, patch), patch, aux_pixels)
     expected = F.interpolate(tokens.reshape(1, 1, *grid), scale_factor=8.0)
     torch.testing.assert_close(velocity, torch.cat([expected, 2 * expected, 3 * expected], dim=1))
 
@@ -194,7 +195,7 @@ def test_three_tiles_of_both_axes_by_hand():
     tiles = cut(48, 24, 16, 0, 8)
     assert tiles == Tiles(16, 16, (0, 16, 32), (0, 8), 0)
     seen = iter(range(6))
-    velocity = tiled_velocity(lambda x, _: x * next(seen), torch.ones(1, 3, 48, 24), None, tiles, 8)
+    velocity = tiled_velocity(lambda x, _: x * next(seen), torch.ones(1, 3, 48, 24), None, tiles, 8, 2)
     rows = velocity[0, 0, 8::16]
     shared = [1 / 3, *[0.5] * 6, 2 / 3]  # the middle columns are of both
     for row, found in enumerate(rows):

@@ -46,9 +46,10 @@ class Velocity:
         guidance_scale = self.guidance_scale()
         if self.tiles.count == 1:
             return self._tile(image, self.features, t, guidance_scale)
+        config = self.transformer.config
         return tiled_velocity(
             lambda tile, features: self._tile(tile, features, t, guidance_scale),
-            image, self.features, self.tiles, self.transformer.config.patch_size,
+            image, self.features, self.tiles, config.patch_size, config.patch_size // config.scale,
         )  # fmt: skip
 
     def _tile(

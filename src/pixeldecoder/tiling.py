@@ -59,6 +59,7 @@ def tiled_velocity(
     features: LatentFeatures | None,
     tiles: Tiles,
     patch: int,
+    aux_pixels: int,
 ) -> torch.Tensor:
     """The velocity of a whole noisy image.
 
@@ -67,12 +68,12 @@ def tiled_velocity(
         image: (B, 3, H, W).
         features: of the whole image.
         tiles: of it.
-        patch: side of a patch in pixels.
+        patch, aux_pixels: side of a patch in pixels, of the image and of the auxiliary image.
     """
     output = torch.zeros_like(image)
     for top, left, weight in _placed(tiles, image.device):
         area = (..., slice(top, top + tiles.height), slice(left, left + tiles.width))
-        part = features and crop_features(features, image.shape[3] // patch, tiles, top, left, patch)
+        part = features and crop_features(features, image.shape[3] // patch, tiles, top, left, patch, aux_pixels)
         output[area] += velocity(image[area], part) * weight
     return output
 
@@ -130,7 +131,7 @@ def _weights(side: int, tile: int, starts: tuple[int, ...], overlap: int, device
 
 
 def crop_features(
-    features: LatentFeatures, columns: int, tiles: Tiles, top: int, left: int, patch: int
+    features: LatentFeatures, columns: int, tiles: Tiles, top: int, left: int, patch: int, aux_pixels: int
 ) -> LatentFeatures:
     """The features of one tile, from those of an image `columns` patches wide."""
 
@@ -139,11 +140,14 @@ def crop_features(
         rows = slice(top // patch, (top + tiles.height) // patch)
         return grid[:, rows, left // patch : (left + tiles.width) // patch].flatten(1, 2)
 
-    base = features.base
+    aux, base = features.aux_rgb, features.base
+    if aux is not None:
+        y, x, height, width = (side // patch * aux_pixels for side in (top, left, tiles.height, tiles.width))
+        aux = aux[..., y : y + height, x : x + width]
     return LatentFeatures(
         injections=tuple(patches(tokens) for tokens in features.injections),
         pixel=None if features.pixel is None else patches(features.pixel),
-        aux_rgb=None,
+        aux_rgb=aux,
         gates=tuple(None if gate is None else patches(gate) for gate in features.gates),
         pixel_gate=None if features.pixel_gate is None else patches(features.pixel_gate),
         base=None if base is None else base[..., top : top + tiles.height, left : left + tiles.width],

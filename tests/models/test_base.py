@@ -1,7 +1,5 @@
 """The convolutional base: whole or in bands, with sigma, as wide as its latents."""
 
-import json
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -104,12 +102,3 @@ def test_latents_and_sigma_are_needed():
         tiny_model(**TINY_NANO).encode_latents(torch.randn(1, 16, 2, 2), 64, 64)
     with pytest.raises(ValueError, match="this model's base is made from latents: pass latents"):
         tiny_model(**TINY_NANO)(torch.randn(1, 3, 64, 64), 500.0)
-
-
-def test_a_decoder_of_the_earlier_form(tmp_path):
-    """Which would load, and decode without its base."""
-    tiny_model(**TINY_NANO | dict(base_dim=None)).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"aux_rgb_base": True}))
-    with pytest.raises(ValueError, match="of an earlier form and cannot be converted: train one with base_dim"):
-        PixelDecoderTransformer2DModel.from_pretrained(tmp_path)

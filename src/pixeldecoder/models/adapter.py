@@ -139,7 +139,7 @@ class SigmaGate(nn.Module):
         `None` where it cannot be split, as it has a LoRA or is brought to the device when called.
         """
         if hidden_states is None:
-            plain = type(self.proj) is Linear and "forward" not in vars(self.proj)
+            plain = isinstance(self.proj, Linear) and "forward" not in vars(self.proj)
             return F.linear(latents, self.proj.weight[:, self.dim :], self.proj.bias) if plain else None
         if projected is None:
             content = self.proj(torch.cat([hidden_states, latents], dim=-1))

@@ -84,6 +84,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         rope_reference_size: image side in pixels for which the rotary frequencies are made.
         prediction_type: what the layers predict, the "velocity" or the clean image ("sample"); `forward` returns the
             velocity either way.
+        aux_rgb_base: add the auxiliary image, enlarged, to the predicted clean image: the bundled nano's, whose weights
+            were trained before there was a base.
         base_dim: width of the convolutional decoder of the latents (`models.base`) whose image the network sees beside
             the noisy one and adds to; `None`: without it, as all released decoders.
 
@@ -137,6 +139,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         aux_rgb_block: int = -1,
         rope_reference_size: int = 1024,
         prediction_type: Literal["velocity", "sample"] = "velocity",
+        aux_rgb_base: bool = False,
         base_dim: int | None = None,
     ):
         super().__init__()
@@ -220,14 +223,12 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             raise ValueError("return_aux_rgb=True, but this model has no auxiliary RGB head (aux_rgb=False)")
         grid = (height // config.patch_size, width // config.patch_size)
         latents = latents.to(self.dtype)
-        features = self.adapter(latents, grid, return_aux_rgb)
+        features = self.adapter(latents, grid, return_aux_rgb or config.aux_rgb_base)
         if self.base is not None:
             if sigma is None:
                 raise ValueError("this model has a base, which is told the latents' noise: pass sigma, as in `forward`")
             sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(latents.shape[0])
-            cells = (
-                F.pixel_shuffle(latents, 2) if config.unpack_latents else latents
-            )  # channels in the order (c, dy, dx)
+            cells = F.pixel_shuffle(latents, 2) if config.unpack_latents else latents
             side = config.scale * 2**self.base.upsamplings
             size = -(-height // side), -(-width // side)
             if cells.shape[-2:] != size:
@@ -340,6 +341,9 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
 
         # The velocity, or a clean image and the velocity that it stands for (eq. 3).
         if self.config.prediction_type == "sample":
+            if self.config.aux_rgb_base:
+                base = latent_features.aux_rgb.to(output.dtype)
+                output = output + F.interpolate(base, size=(height, width), mode="bicubic")
             if self.base is not None:
                 output = output + latent_features.base.to(output.dtype)
             output = velocity_of_clean(hidden_states, output, t / 1000)
@@ -373,20 +377,6 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
                     module.reset_parameters()
             for name in "to_image.weight", "to_image.bias", "sigma_embed.2.weight":
                 nn.init.zeros_(self.base.get_parameter(name))
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
-        """As the mixin's.
-
-        Raises:
-            ValueError: a network of an earlier form, which would be built without its base.
-        """
-        if config_dict.get("aux_rgb_base"):
-            raise ValueError(
-                "aux_rgb_base: this decoder's base, the adapter's small image enlarged, is of an earlier form and "
-                "cannot be converted: train one with base_dim, as recipes/nano.py does"
-            )
-        return super().extract_init_dict(config_dict, **kwargs)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
@@ -429,8 +419,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             raise ValueError(f"this model expects {expected}")
         if attention_kwargs:  # "scale" is taken out before
             raise ValueError(f'attention_kwargs: expected "scale" alone, got {", ".join(attention_kwargs)}, too')
-        if not has_latents and (return_aux_rgb or self.base is not None):
-            what = "the auxiliary RGB image" if return_aux_rgb else "this model's base"
+        if not has_latents and (return_aux_rgb or self.config.aux_rgb_base or self.base is not None):
+            what = "this model's base" if self.base is not None else "the auxiliary RGB image"
             raise ValueError(f"{what} is made from latents: pass latents or latent_features")
         if features_only and not return_features:
             raise ValueError("features_only=True: expected return_features, the blocks whose features are wanted")
@@ -474,7 +464,7 @@ _LEAST = dict(
 _OF_FOUR = ("attention_head_dim", "pixel_attention_head_dim", "pixel_dim", "adapter_dim")
 """Multiples of 4: the heads for 2-D rotary embedding, pixels for their sin-cos table, the adapter for its groups."""
 _EITHER = dict(prediction_type=("velocity", "sample"), adapter_padding_mode=("zeros", "replicate"))
-_SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb")
+_SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb", "aux_rgb_base")
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -505,6 +495,8 @@ def _check(config: Mapping[str, Any]) -> None:
             f"unpack_latents=True: expected latent_channels {config['latent_channels']} to be a multiple of 4, "
             f"latent_downscale_factor {config['latent_downscale_factor']} of 2"
         )
+    if config["aux_rgb_base"] and not (config["aux_rgb"] and config["prediction_type"] == "sample"):
+        raise ValueError('aux_rgb_base needs aux_rgb=True and prediction_type="sample"')
     if config["base_dim"] is not None:
         sides = config["scale"], config["latent_downscale_factor"]
         if config["latent_channels"] is None or config["prediction_type"] != "sample":
