@@ -372,7 +372,7 @@ LATENTS = torch.randn(1, 16, 2, 2)
         ((LATENTS,), {"tile_overlap": "auto"}, "tile_overlap is 'auto': expected a whole number of pixels"),
         ((LATENTS,), {"chunk_size": "auto"}, "chunk_size is 'auto': expected a whole number of patches"),
         ((LATENTS,), {"generator": [seeded(0)] * 2}, "one for each of 1 images, got 2"),
-        ((LATENTS,), {"callback_on_step_end_tensor_inputs": ["latents"]}, r"some of \['image'\]"),
+        ((LATENTS,), {"callback_on_step_end_tensor_inputs": ["latents"]}, r"some of \['image', 'x0'\]"),
     ],
 )
 def test_bad_input(args, kwargs, message):

@@ -11,7 +11,10 @@ EXTRAS = {
     "lora": ("peft",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "quantize": ("bitsandbytes", "torchao"),
+    "serve": ("fastapi", "fastapi_offline", "gradio", "prometheus_client", "python_multipart", "uvicorn"),
+    "ray": ("ray",),
     "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
+    "bulk": ("braceexpand", "fsspec", "pyarrow", "ray"),
 }
 """Modules of the optional dependencies in pyproject.toml."""
 OUT_OF_MEMORY = re.compile(

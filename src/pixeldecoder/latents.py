@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pixeldecoder.files import Latents
 from pixeldecoder.flow import Frame
 
 
@@ -189,6 +190,58 @@ def normalise(latents: torch.Tensor, space: LatentSpace | None) -> torch.Tensor:
         f"denormalized latents cannot be normalised for this decoder, as {why}: give normalised ones, such as "
         "pixeldecoder.latents.unpack(latents, SPACES[...], autoencoder=vae) or pixeldecoder.ldm.partly_denoise returns"
     )
+
+
+def normalise_file(latents: Latents, decoded: str | None, stored: str | None, decoder: str) -> torch.Tensor:
+    """What a file holds, as normalised latents (B, C, h, w) for a decoder.
+
+    Args:
+        decoded: the decoder's latent space, if that is known.
+        stored: the file's, by name, if it holds ComfyUI's latents; by default the decoder's.
+        decoder: what errors call it.
+
+    Raises:
+        ValueError: latents of another space, or some that cannot be normalised.
+    """
+    if latents.space and decoded and latents.space != decoded:
+        raise ValueError(f"latents of the {latents.space} space, but {decoder} decodes those of {decoded}")
+    if not latents.denormalized:
+        return latents.tensor
+    space = find_latent_space(None, stored) if stored else SPACES.get(decoded or "")
+    if space is None:
+        raise ValueError(
+            f"ComfyUI's latents are not normalised, and {decoder} does not tell its latent space: give --latent-space "
+            f"(latent_space), one of {', '.join(SPACES)}"
+        )
+    if space.name == "flux2":  # whose autoencoder normalises by itself in ComfyUI
+        return latents.tensor
+    return normalise(latents.tensor, space)
+
+
+def denormalise(latents: torch.Tensor, space: LatentSpace | None) -> torch.Tensor:
+    """Normalised latents (B, C, h, w) as an autoencoder's `decode` takes them: the way back of `normalise`, with its
+    errors."""
+    zero, one = (normalise(torch.full_like(latents, value), space) for value in (0.0, 1.0))
+    return (latents - zero) / (one - zero)
+
+
+def check_factors(space: LatentSpace | None, scaling_factor: float | None, shift_factor: float | None) -> None:
+    """Raises ValueError if an autoencoder with these factors has not this latent space, as far as that is known."""
+    if space is None or (scaling_factor is None and shift_factor is None):
+        return
+    ours = next((numbers for numbers, name in _SCALING.items() if name == space.name), None)
+    given = scaling_factor, shift_factor
+    if ours is None or any(one is not None and abs(one - own) > 1e-4 for one, own in zip(given, ours, strict=True)):
+        numbers = ", ".join(
+            f"{name} {one:g}"
+            for name, one in zip(("scaling_factor", "shift_factor"), given, strict=True)
+            if one is not None
+        )
+        expected = "none" if ours is None else f"scaling_factor {ours[0]:g}, shift_factor {ours[1]:g}"
+        raise ValueError(
+            f"latents of an autoencoder with {numbers}, but the decoder is for the {space.name} space, whose factors "
+            f"are {expected}"
+        )
 
 
 def normalise_flux2(vae: torch.nn.Module, raw: torch.Tensor) -> torch.Tensor:

@@ -28,10 +28,9 @@ from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import read, to_tensor
-from pixeldecoder.plan import Limits, Plan, plan, plan_encoder
+from pixeldecoder.plan import Limits, Plan, encode_in_tiles, plan
 from pixeldecoder.sampler import Velocity, check_steps, sample, set_times
 from pixeldecoder.text import PromptEncoder, encode_prompts
-from pixeldecoder.tiling import tiled_latents
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +71,7 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
 
     model_cpu_offload_seq = "text_encoder->encoder->transformer"
     _optional_components = ["text_encoder", "tokenizer", "encoder"]
-    _callback_tensor_inputs = ["image"]
+    _callback_tensor_inputs = ["image", "x0"]
 
     def __init__(
         self,
@@ -157,7 +156,8 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
                 word for what the sampler leaves as it is: (B, 3, H, W) float32, about [-1, 1] but not clamped.
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"image": x})`, x unclamped
                 (B, 3, H, W); an "image" in the dictionary that it returns replaces x.
-            callback_on_step_end_tensor_inputs: what it gets: ("image",), or () for nothing.
+            callback_on_step_end_tensor_inputs: what it gets: "image"; "x0", what the step expects the finished image to
+                be, as large; or () for nothing.
             tile_size: side in pixels of the tiles in which the velocity is predicted, at every step on one canvas of
                 noise; `None` for the whole image at once. "auto" tiles what is larger than the network is made for, or
                 than the memory allows.
@@ -179,13 +179,13 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
                 finite, as float16 may overflow; the message says what was expected and what came.
         """
         device = self._execution_device
-        wants_image = self._check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        wanted = self._check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         given = generator if isinstance(generator, list) else [generator]
         if not all(isinstance(one, torch.Generator | None) for one in given):
             raise ValueError(f"expected a torch.Generator, or a list with one for each image, got {generator!r}")
         size = None
         if latents is not None or self.transformer.config.latent_channels is not None:
-            latents, size = self._pad(self._check_latents(latents, height, width, denormalized))
+            latents, size = self._pad(self.check_latents(latents, height, width, denormalized))
             batch, cell = len(latents), self.transformer.config.scale * self.transformer.config.latent_downscale_factor
             height, width = (side * cell for side in latents.shape[-2:])
         else:
@@ -232,12 +232,14 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
                     call.check_interrupt, progress.update,
                 )  # fmt: skip
 
-                steps = sample(network, image, scheduler, generator)
+                steps = sample(network, image, scheduler, generator, "x0" in wanted)
                 with suppress(Interrupted):
-                    for step, timestep, image in steps:
+                    for step, timestep, image, x0 in steps:
                         if callback_on_step_end is not None:
-                            tensors = {"image": image} if wants_image else {}
+                            tensors = {name: value for name, value in (("image", image), ("x0", x0)) if name in wanted}
                             image.copy_((callback_on_step_end(self, step, timestep, tensors) or {}).get("image", image))
+                            del tensors
+                        del x0  # before the next step
 
         del network, steps
         image = image[..., : size[0], : size[1]]
@@ -329,8 +331,25 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
                 )
             return latents
 
-        tiles = plan_encoder(autoencoder, image.shape[-2], image.shape[-1], len(image), cell, max_memory)
-        return checked(image) if tiles.count == 1 else tiled_latents(checked, image, tiles, cell)
+        return encode_in_tiles(checked, autoencoder, image, cell, max_memory)
+
+    def prepare(
+        self,
+        image: Image.Image | torch.Tensor,
+        sigma: float = 0.0,
+        noise_generator: torch.Generator | None = None,
+        encoder: ImageEncoder | None = None,
+        max_memory: int | str | None = None,
+    ) -> torch.Tensor:
+        """Image -> normalised latents with noise of level sigma in [0, 1], in the frame of their space; otherwise as
+        `encode_image`."""
+        level = self._check_sigma(sigma, 1, torch.device("cpu"))
+        latents = self.encode_image(image, encoder, max_memory)
+        if level > 0:
+            noise = randn_tensor(latents.shape, generator=noise_generator, device=latents.device, dtype=latents.dtype)
+            space = SPACES.get(self.config.latent_space or "")
+            latents = add_noise(latents, noise, level, space.frame if space else "flow")
+        return latents
 
     def upscale(
         self,
@@ -356,7 +375,7 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
         """
         if not isinstance(image, Image.Image):
             raise ValueError(f"expected a picture, as PIL's Image.open gives it, got {_described(image)}")
-        levels = self._check_sigma(sigma, 1, torch.device("cpu"))
+        level = float(self._check_sigma(sigma, 1, torch.device("cpu")))
         picture = read(image)
         image = picture.rgb
         cell, scale = self.transformer.config.latent_downscale_factor, self.transformer.config.scale
@@ -367,12 +386,8 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
             self.transformer, height, width, limits=limits,
             trained_size=self.config.trained_size, device=self._execution_device,
         )  # fmt: skip
-        latents = self.encode_image(image, encoder, limits.max_memory)
-        if levels > 0:
-            noise = randn_tensor(latents.shape, generator=noise_generator, device=latents.device, dtype=latents.dtype)
-            space = SPACES.get(self.config.latent_space or "")
-            latents = add_noise(latents, noise, levels, space.frame if space else "flow")
-        images = self(latents, sigma=float(levels), denormalized=False, **kwargs)[0]
+        latents = self.prepare(image, level, noise_generator, encoder, limits.max_memory)
+        images = self(latents, sigma=level, denormalized=False, **kwargs)[0]
         height, width = image.height * scale, image.width * scale
         if isinstance(images, list):
             images = [picture.with_alpha(enlarged.crop((0, 0, width, height))) for enlarged in images]
@@ -386,10 +401,10 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
             guidance_scale = self.config.default_guidance_scale
         return guidance_scale > 1 and self.transformer.config.text_embed_dim is not None
 
-    def _check_latents(
+    def check_latents(
         self, latents: torch.Tensor | np.ndarray | None, height: int | None, width: int | None, denormalized: bool
     ) -> torch.Tensor:
-        """Whatever form they come in, as normalised (B, C, h, w)."""
+        """Latents in whatever form a call takes them, as normalised (B, C, h, w); raises ValueError for others."""
         config = self.transformer.config
         if latents is None:
             raise ValueError(f"expected latents of shape (B, {config.latent_channels}, h, w), got none")
@@ -438,18 +453,18 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
         latents = latents.to(self._execution_device)
         return self.transformer.encode_latents(latents, height, width, attention_kwargs=attention_kwargs)
 
-    def _check_output(self, output_type: str, callback: Callable | None, tensor_inputs: Sequence[str]) -> bool:
-        """Whether the callback gets the image."""
+    def _check_output(self, output_type: str, callback: Callable | None, tensor_inputs: Sequence[str]) -> set[str]:
+        """What the callback gets."""
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'output_type is {output_type!r}: expected "pil", "np", "pt" or "latent"')
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
         if unknown := set(tensor_inputs or ()) - set(self._callback_tensor_inputs):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs: expected some of ['image'], got {sorted(unknown)}: the picture "
-                "in the making is called image here, and latents and text stay as they are"
+                f"callback_on_step_end_tensor_inputs: expected some of ['image', 'x0'], got {sorted(unknown)}: the "
+                "picture in the making is called image here, and latents and text stay as they are"
             )
-        return "image" in (tensor_inputs or ())
+        return set(tensor_inputs or ()) if callback is not None else set()
 
     @staticmethod
     def _check_noise(noise: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -76,27 +76,31 @@ def sample(
     image: torch.Tensor,
     scheduler: SchedulerMixin,
     generator: torch.Generator | list[torch.Generator] | None,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    wants_x0: bool = False,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Steps from noise (B, 3, H, W), float32, to an image; the next step goes on from what is written into one's image.
 
     Args:
         velocity: of an image at a time in [0, 1].
         scheduler: from `set_times`.
         generator: of a student's noise between steps.
+        wants_x0: estimate the finished image at each step, which takes memory for one more.
 
     Yields:
-        The step from 0, the scheduler's timestep and the image after it.
+        The step from 0, the scheduler's timestep, the image after it, and the estimate (eq. 2) or `None`.
     """
     step_student = isinstance(scheduler, FlowMatchLCMScheduler)
     for step, timestep in enumerate(scheduler.timesteps):
         t = scheduler.sigmas[step]  # not `timestep`, which DPM-Solver++ rounds to an integer
         v = velocity(image, t)
+        x0 = torch.addcmul(image, v, t.to(image), value=-1) if wants_x0 else None
         if step_student:
             image = lcm_step(v, image, t, scheduler.sigmas[step + 1], generator)
         else:
             image = scheduler.step(v, timestep, image, return_dict=False)[0]
         del v
-        yield step, timestep, image
+        yield step, timestep, image, x0
+        del x0
 
 
 def teacher_scheduler() -> DPMSolverMultistepScheduler:

@@ -5,9 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma, source_facts
+from pixeldecoder.cli.options import (
+    Device,
+    FilesToImages,
+    Output,
+    Source,
+    check_memory,
+    check_sigma,
+    source_facts,
+    word,
+)
 from pixeldecoder.errors import naming
 
 if TYPE_CHECKING:
@@ -119,24 +128,11 @@ class Decode(FilesToImages):
         jobs.run(make)
 
     def _normalised(self, latents: "Latents", pipeline: "PixelDecoderPipeline") -> "torch.Tensor":
-        from pixeldecoder.latents import SPACES, find_latent_space, normalise
+        from pixeldecoder.latents import normalise_file
 
-        decoded = pipeline.config.latent_space
-        if latents.space and decoded and latents.space != decoded:
-            raise ValueError(f"latents of the {latents.space} space, but {self.decoder} decodes those of {decoded}")
         if self.index is not None and self.index >= len(latents.tensor):
             raise ValueError(f"holds {len(latents.tensor)} latents, none of index {self.index}")
-        if not latents.denormalized:
-            return latents.tensor
-        space = find_latent_space(None, self.latent_space) if self.latent_space else SPACES.get(decoded or "")
-        if space is None:
-            raise ValueError(
-                f"ComfyUI's latents are not normalised, and {self.decoder} does not tell its latent space: give "
-                f"--latent-space, one of {', '.join(SPACES)}"
-            )
-        if space.name == "flux2":  # whose autoencoder normalises by itself in ComfyUI
-            return latents.tensor
-        return normalise(latents.tensor, space)
+        return normalise_file(latents, pipeline.config.latent_space, self.latent_space, self.decoder)
 
 
 def _decoded_size(job: "Job", config: Mapping[str, Any]) -> tuple[int, int]:
@@ -254,6 +250,9 @@ class Encode:
     name (flux, flux2, sd3, sdxl, qwenimage, dinov2, siglip: its usual autoencoder), or "module:function"."""
     device: Device = "auto"
     """Where it runs; "auto": the fastest there is."""
+    max_memory: Annotated[str | None, word("SIZE")] = None
+    """Memory that it may take, such as "6GB"; by default what is free. An image that does not fit is encoded in
+    tiles."""
     overwrite: bool = False
     """Replace what is there. Without it a file that is there is an error, and in a folder is not made again."""
 
@@ -261,6 +260,8 @@ class Encode:
         from pixeldecoder import files, pictures
         from pixeldecoder.cli.jobs import Jobs
 
+        if self.max_memory is not None:
+            check_memory(self.max_memory)
         jobs = Jobs(
             self.source, self.output, pictures.SUFFIXES, (".safetensors",), "safetensors", self.overwrite,
             _picture_size,
@@ -275,6 +276,7 @@ class Encode:
 
         from pixeldecoder.execution import load_encoder, torch_device
         from pixeldecoder.latents import SPACES
+        from pixeldecoder.plan import encode_in_tiles
 
         device = torch_device(self.device)
         encoder = load_encoder(self.encoder, device)
@@ -292,7 +294,9 @@ class Encode:
             with naming(job.source), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
-                latents = encoder(image.to(device)).cpu().contiguous()
+                autoencoder = getattr(encoder, "autoencoder", None)
+                latents = encode_in_tiles(encoder, autoencoder, image.to(device), 16, self.max_memory)
+                latents = latents.cpu().contiguous()
             tensors = {"latents": latents, "size": size}
             files.write_whole(job.targets[0], partial(save_file, tensors, metadata=metadata))
             tqdm.write(str(job.targets[0]))

@@ -11,6 +11,7 @@ import tyro
 
 from pixeldecoder import __version__
 from pixeldecoder.cli.benchmark import Benchmark
+from pixeldecoder.cli.bulk import Bulk
 from pixeldecoder.cli.convert import Convert, Export
 from pixeldecoder.cli.decode import Decode, Encode, Upscale
 from pixeldecoder.cli.demo import Demo
@@ -19,6 +20,7 @@ from pixeldecoder.cli.generate import Generate
 from pixeldecoder.cli.parsing import parse
 from pixeldecoder.cli.plan import Plan
 from pixeldecoder.cli.redo import Info, Redo
+from pixeldecoder.cli.serve import Serve
 from pixeldecoder.cli.train import Distill, Train, run_training
 from pixeldecoder.errors import OUT_OF_MEMORY, explain
 
@@ -37,6 +39,8 @@ COMMANDS: dict[str, type] = {
     "compare": Compare,
     "judge": Judge,
     "benchmark": Benchmark,
+    "serve": Serve,
+    "bulk": Bulk,
     "train": Train,
     "distill": Distill,
 }
