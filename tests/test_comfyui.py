@@ -241,19 +241,16 @@ def pictures(server, outputs: dict, name: str) -> list[np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("space", FAMILIES)
 def test_a_graph_gives_the_commands_image(space, server, tmp_path):
-    graph = {
-        "load": node("PixelDecoderLoad", decoder=space, dtype="float32"),
-        "latent": node("LoadLatent", latent=f"{space}.latent"),
-        "decode": node("PixelDecode", decoder=["load", 0], latent=["latent", 0], sigma=0.2, **SETTINGS),
-        "save": node("SaveImage", images=["decode", 0], filename_prefix=space),
-        "plan": node("PreviewAny", source=["decode", 1]),
-    }
+    graph = json.loads((NODES / "workflows" / "decode.json").read_text())
+    graph["1"]["inputs"] |= {"decoder": space, "dtype": "float32"}
+    graph["2"]["inputs"]["latent"] = f"{space}.latent"
+    graph["3"]["inputs"] |= {"sigma": 0.2, "seed": 5}
     outputs = server.run(graph)
-    assert "px, whole" in str(outputs["plan"])
+    assert "px, whole" in str(outputs["5"])
     folder = str(server.base / "models" / "pixeldecoder" / space)
     given = ["--decoder", folder, "--dtype", "float32", "--device", "cpu", "--seed", "5", "--sigma", "0.2"]
     assert main(["decode", str(server.base / "input" / f"{space}.latent"), str(tmp_path), *given]) == 0
-    images = pictures(server, outputs, "save")
+    images = pictures(server, outputs, "4")
     assert len(images) == 2
     for image, path in zip(images, sorted(tmp_path.glob("*.png")), strict=True):
         # ComfyUI cuts the rest off where we round.
@@ -263,13 +260,11 @@ def test_a_graph_gives_the_commands_image(space, server, tmp_path):
 
 @pytest.mark.slow
 def test_upscale_in_a_graph(server, tmp_path):
-    graph = {
-        "load": node("PixelDecoderLoad", decoder="flux", dtype="float32"),
-        "image": node("LoadImage", image="a.png"),
-        "upscale": node("PixelUpscale", decoder=["load", 0], image=["image", 0], sigma=0.2, **SETTINGS),
-        "save": node("SaveImage", images=["upscale", 0], filename_prefix="upscale"),
-    }
-    (image,) = pictures(server, server.run(graph), "save")
+    graph = json.loads((NODES / "workflows" / "upscale.json").read_text())
+    graph["1"]["inputs"] |= {"decoder": "flux", "dtype": "float32"}
+    graph["2"]["inputs"]["image"] = "a.png"
+    graph["3"]["inputs"] |= {"sigma": 0.2, "seed": 5}
+    (image,) = pictures(server, server.run(graph), "4")
     folder = str(server.base / "models" / "pixeldecoder" / "flux")
     given = ["--decoder", folder, "--dtype", "float32", "--device", "cpu", "--seed", "5", "--sigma", "0.2"]
     assert main(["upscale", str(server.base / "input" / "a.png"), str(tmp_path / "a.png"), *given]) == 0
@@ -301,6 +296,10 @@ def test_the_nodes_are_described(server):
     told = server.ask("/object_info")
     for name in "PixelDecoderLoad", "PixelDecode", "PixelDecoderCapture", "PixelUpscale":
         assert told[name]["category"] == "pixeldecoder"
+    for path in (NODES / "workflows").iterdir():  # what they are given is what the nodes take
+        for one in json.loads(path.read_text()).values():
+            inputs = told[one["class_type"]]["input"]
+            assert set(inputs["required"]) <= set(one["inputs"]) <= {*inputs["required"], *inputs.get("optional", {})}
     assert told["PixelDecoderLoad"]["input"]["required"]["decoder"][1]["options"][:4] == [
         "nano",
         "flux",

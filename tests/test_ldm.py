@@ -30,11 +30,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging
-from more_families import OTHERS, build_other
 from PIL import Image
 
 from conftest import Golden
 from families import FAMILIES, SIZE, build, kl, save_gemma, sdxl, z_image
+from more_families import OTHERS, build_other
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.autoencoders import decode, encode
 from pixeldecoder.latents import SPACES, find_latent_space, normalise, unpack
