@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from pixeldecoder.models.adapter import SigmaAwareAdapter, SigmaGate
+from pixeldecoder.models.base import LatentDecoder
 from pixeldecoder.models.layers import AttentionProcessor, PatchBlock, PixelBlock, RMSNorm
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import PixelDecoderPipeline
@@ -23,12 +24,15 @@ from pixeldecoder.presets import PRESETS
 
 PARTS = {
     SigmaAwareAdapter: "adapter",
+    LatentDecoder: "base",
     PatchBlock: "patch blocks",
     PixelBlock: "pixel blocks",
     SigmaGate: "gates",
     PixelDecoderTransformer2DModel: "ends",
 }
 """Parts by the innermost of these that runs; the ends are embeddings, positions, output. Attention is told apart."""
+ONCE = ("adapter", "base")
+"""Those that run once an image."""
 FREE = ("empty", "new_empty", "_unsafe_view", "detach", "lift_fresh")
 """Operations that pass nothing through memory, besides views."""
 WRITTEN = ("copy_", "fill_", "zero_")
@@ -44,7 +48,7 @@ GPUS = {
 
 @dataclass
 class Counts:
-    """What one step takes, and the adapter, which runs once an image."""
+    """What one step takes, and what runs once an image."""
 
     flops: Counter[str] = field(default_factory=Counter)
     """Of matrix products, convolutions and attention, by part; a multiplication and its addition are two."""
@@ -54,10 +58,13 @@ class Counts:
     """Of a step: what the method's formulas cannot do without."""
 
     def step(self, what: Counter[str]) -> int:
-        return what.total() - what["adapter"]
+        return what.total() - self.once(what)
+
+    def once(self, what: Counter[str]) -> int:
+        return sum(what[part] for part in ONCE)
 
     def image(self, what: Counter[str], steps: int) -> int:
-        return steps * self.step(what) + what["adapter"]
+        return steps * self.step(what) + self.once(what)
 
     def roofline(self, steps: int, tera_flops: float, tera_bytes: float) -> float:
         """Seconds of an image that products at that rate, and then the other operations at that rate, would take."""
@@ -67,7 +74,7 @@ class Counts:
 def count(
     model: PixelDecoderTransformer2DModel, height: int, width: int, text_tokens: int = 0, chunk_size: int | None = None
 ) -> Counts:
-    """One eager step over a whole image, and the adapter before it.
+    """One eager step over a whole image, and what runs before it.
 
     Bytes are those of the inputs and outputs of each operation but matrix products, convolutions and attention; what
     is repeated along a dimension is read once. RMSNorm is one operation, as on a GPU.
@@ -134,8 +141,8 @@ def table(decoder: str, size: int, steps: int | None = None) -> list[str]:
     def row(name: str, tera_flops: float, giga_bytes: float) -> str:
         return f"{name:28}{tera_flops / 1e12:10.3f}{giga_bytes / 1e9:10.2f}"
 
-    for part in sorted(flops.keys() | passed.keys(), key=lambda part: (part == "adapter", -flops[part])):
-        lines.append(row("adapter, once an image" if part == "adapter" else part, flops[part], passed[part]))
+    for part in sorted(flops.keys() | passed.keys(), key=lambda part: (part in ONCE, -flops[part])):
+        lines.append(row(f"{part}, once an image" if part in ONCE else part, flops[part], passed[part]))
     lines.append(row("a step", counts.step(flops), counts.step(passed)))
     excess = counts.step(flops) / counts.least_flops
     lines.append(f"{'least for a step':28}{counts.least_flops / 1e12:10.3f}{'':10}  {excess:.4f} times that runs")
@@ -164,8 +171,8 @@ class _Counting(TorchDispatchMode):
         model.set_attn_processor(_CountedAttention(self))
 
     def _before_part(self, module: nn.Module, args: Any) -> None:
-        once = self.parts[-1] == "adapter"  # has the gates' share of the latents in it
-        self.parts.append("adapter" if once else PARTS[type(module)])
+        within = self.parts[-1]  # the adapter has the gates' share of the latents in it
+        self.parts.append(within if within in ONCE else PARTS[type(module)])
 
     def _after_part(self, module: nn.Module, args: Any, output: Any) -> None:
         self.parts.pop()
