@@ -1,6 +1,8 @@
 """Files whole or not at all, of the usual mode; inputs with their outputs, or what is wrong with them."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +223,25 @@ def test_files_under_another_suffix(tmp_path, suffix):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=f"model.{suffix}: not a readable file of tensors, or truncated"):
         files.read_tensors(path)
+
+
+def test_what_killed_runs_left_is_swept(tmp_path):
+    """That of processes which are no more, here; what others write, here or elsewhere, stays."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    kept = [files._temporary(tmp_path / "a.png", ".png"), tmp_path / ".0123abcd.89abcdef.1.png", tmp_path / ".hidden"]
+    dead = [tmp_path / path.name.replace(f".{os.getpid()}.", f".{gone.pid}.") for path in kept[:1]]
+    folder = tmp_path / files._temporary(tmp_path / "b", ".new").name.replace(f".{os.getpid()}.", f".{gone.pid}.")
+    for path in (*kept, *dead):
+        path.touch()
+    (folder / "deep").mkdir(parents=True)
+    files.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    files.sweep(tmp_path / "none")
+
+
+def test_a_folder_s_name_as_long_as_names_can_be(tmp_path):
+    target = tmp_path / ("n" * 255)
+    files.write_folder(target, lambda folder: (folder / "a").write_text("1"))
+    files.write_folder(target, lambda folder: (folder / "a").write_text("2"))
+    assert (target / "a").read_text() == "2" and list(tmp_path.iterdir()) == [target]

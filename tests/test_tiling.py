@@ -208,7 +208,7 @@ def test_tiles_of_latents_are_placed_where_they_belong(height, width, side):
     encoder = lambda x: F.avg_pool2d(x, 8)  # noqa: E731
     tiles = cut(height, width, side, side // 4, 8)
     assert tiles.count > 1
-    torch.testing.assert_close(tiled_latents(encoder, image, tiles, 8), encoder(image))
+    torch.testing.assert_close(tiled_latents(encoder, image, tiles), encoder(image))
 
 
 def test_tiles_of_latents_are_blended():
@@ -216,6 +216,6 @@ def test_tiles_of_latents_are_blended():
     level = iter([0.0, 1.0])
     tiles = cut(32, 96, 64, 32, 8)
     latents = tiled_latents(
-        lambda x: torch.full((1, 1, 4, x.shape[3] // 8), next(level)), torch.zeros(1, 3, 32, 96), tiles, 8
+        lambda x: torch.full((1, 1, 4, x.shape[3] // 8), next(level)), torch.zeros(1, 3, 32, 96), tiles
     )
     torch.testing.assert_close(latents[0, 0, 0], torch.tensor([0, 0, 0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1]))

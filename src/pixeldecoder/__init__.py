@@ -4,13 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pixeldecoder.ldm import attach, detach
     from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
     from pixeldecoder.models.encoder import TinyLatentEncoder
     from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
     from pixeldecoder.pipeline import PixelDecoderPipeline
 
 __version__ = "0.1.0"
-__all__ = ["PixelDecoderDiscriminator", "PixelDecoderPipeline", "PixelDecoderTransformer2DModel", "TinyLatentEncoder"]
+__all__ = [
+    "PixelDecoderDiscriminator",
+    "PixelDecoderPipeline",
+    "PixelDecoderTransformer2DModel",
+    "TinyLatentEncoder",
+    "attach",
+    "detach",
+]
 
 # Imported when first asked for: `pixeldecoder --help` need not wait for torch.
 _HOMES = {
@@ -18,6 +26,8 @@ _HOMES = {
     "PixelDecoderPipeline": "pixeldecoder.pipeline",
     "PixelDecoderTransformer2DModel": "pixeldecoder.models.transformer",
     "TinyLatentEncoder": "pixeldecoder.models.encoder",
+    "attach": "pixeldecoder.ldm",
+    "detach": "pixeldecoder.ldm",
 }
 
 

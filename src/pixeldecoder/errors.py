@@ -9,6 +9,7 @@ EXTRAS = {
     "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
     "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
     "lora": ("peft",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "quantize": ("bitsandbytes", "torchao"),
     "serve": ("fastapi", "fastapi_offline", "gradio", "prometheus_client", "python_multipart", "uvicorn"),
     "ray": ("ray",),

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -327,8 +328,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Whole or not at all: written under another name, then renamed. A link is followed."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, and short where the name is as long as names can be.
-    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}{path.suffix}")
+    temporary = _temporary(path, path.suffix)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave its files to their owner alone
@@ -341,7 +341,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
     """As `write_whole`, a folder, in place of the one that is there."""
-    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    partial, old = (_temporary(path, f".{kind}") for kind in ("new", "old"))
     try:
         partial.mkdir(parents=True)
         mode = partial.stat().st_mode & 0o666  # as above, without the right to enter
@@ -355,3 +355,37 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists():
             shutil.rmtree(old) if path.exists() else old.rename(path)
+
+
+def _temporary(path: Path, suffix: str) -> Path:
+    """Hidden, and short where the name is as long as names can be; with the machine and the process that write it."""
+    name = zlib.crc32(os.fsencode(path.name))
+    return path.with_name(f".{name:08x}.{_machine():08x}.{os.getpid()}{suffix}")
+
+
+def _machine() -> int:
+    return zlib.crc32(socket.gethostname().encode())
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes of this machine that were killed have left half written in a folder."""
+    if not folder.is_dir():
+        return
+    for path in folder.glob(f".????????.{_machine():08x}.*"):
+        match = re.fullmatch(r"\.[0-9a-f]{8}\.[0-9a-f]{8}\.(\d+)\.\w+", path.name)
+        if match is None or path.suffix == ".old" or _runs(int(match[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
+from pixeldecoder.execution import Execution
 from pixeldecoder.latents import LatentSpace, find_latent_space, unpack
 from pixeldecoder.pipeline import PixelDecoderPipeline
 
@@ -29,6 +33,14 @@ _REFUSED = {
     "Cosmos": "its latents are noised in a frame of their own",
     "QwenImageLayered": "it makes several layers at once",
 }
+_VIDEO = (
+    "Allegro", "AnimateDiff", "AnyFlow", "ChronoEdit", "CogVideoX", "ConsisID", "EasyAnimate", "Helios", "Hunyuan15",
+    "HunyuanSkyreels", "HunyuanVideo", "I2VGenXL", "Kandinsky5I2V", "Kandinsky5T2V", "Kandinsky6", "LTX", "Latte",
+    "LucyEdit", "Mochi", "MotifVideo", "PIA", "SanaImageToVideo", "SanaVideo", "SanaWM", "SkyReels",
+    "StableVideoDiffusion", "TextToVideo", "VideoToVideo", "WanAnimate", "WanImageToVideo", "WanVACE",
+    "WanVideoToVideo",
+)  # fmt: skip
+"""Beginnings of the names of pipelines that make video."""
 
 
 @dataclass
@@ -127,15 +139,41 @@ def partly_denoise(
     if "num_inference_steps" in parameters and not custom:  # before anything is run
         planned = kwargs.get("num_inference_steps", parameters["num_inference_steps"].default)
         _check_stop(kind, value, planned)
-    height, width = (_side(pipe, key, kwargs) for key in ("height", "width"))
+    height, width = (default_side(pipe, key, kwargs) for key in ("height", "width"))
     scheduler = pipe.scheduler
     step = scheduler.step
     order, calls, due, whole = scheduler.order, 0, 0, 0
     taken: PartlyDenoised | None = None
+    pending: tuple[float, float] | None = None
+    # What lies outside a mask is put back after the scheduler's step: only a callback sees the latents then.
+    late, told = "Inpaint" in name and "callback_on_step_end" in parameters, kwargs.get("callback_on_step_end")
+
+    def as_taken(latents: torch.Tensor, signal: float, total: float) -> torch.Tensor:
+        if name.startswith("BriaFibo2"):  # whose latents are normalised, and not packed
+            latents = F.pixel_unshuffle(latents, 2)
+        latents = unpack(latents.detach(), space, height, width, getattr(pipe, "vae", None)).float()
+        if name.startswith("Kandinsky5"):  # whose latents are scaled, but not shifted
+            latents = latents - signal * pipe.vae.config.scaling_factor * (pipe.vae.config.shift_factor or 0)
+        return latents / total
+
+    def look_late(pipe, index, timestep, tensors):
+        nonlocal pending
+        if pending is not None and taken is not None:
+            taken.latents, pending = as_taken(tensors["latents"], *pending), None
+            if not finish:
+                raise _StopRun
+        return told(pipe, index, timestep, tensors) if told is not None else {}
+
+    if late:
+        names = kwargs.get("callback_on_step_end_tensor_inputs") or ["latents"]
+        kwargs |= {
+            "callback_on_step_end": look_late,
+            "callback_on_step_end_tensor_inputs": list(dict.fromkeys(["latents", *names])),
+        }
 
     @functools.wraps(step)
     def step_and_look(model_output, timestep, *args, **step_kwargs):
-        nonlocal calls, due, whole, taken
+        nonlocal calls, due, whole, taken, pending
         result = step(model_output, timestep, *args, **step_kwargs)
         calls += 1
         index = _steps_made(scheduler, timestep)
@@ -156,20 +194,23 @@ def partly_denoise(
                 "sigma": made if noise / total <= value else steps,
             }[kind]
             if made >= last:
-                latents = unpack(result[0].detach(), space, height, width, getattr(pipe, "vae", None))
-                taken = PartlyDenoised(latents.float() / total, noise / total, made, steps, space)
-                if not finish:
+                latents = as_taken(result[0], signal, total)
+                taken = PartlyDenoised(latents, noise / total, made, steps, space)
+                pending = (signal, total) if late else None
+                if not finish and not late:
                     raise _StopRun
         return result
 
     scheduler.step = step_and_look
     try:
-        images = pipe(**kwargs)[0]
+        result = pipe(**kwargs)
+        images = result.get("images") if isinstance(pipe, ModularPipeline) else result[0]
     except _StopRun:
         images = None
     finally:
         del scheduler.step
-    pipe.maybe_free_model_hooks()
+    if not isinstance(pipe, ModularPipeline):
+        pipe.maybe_free_model_hooks()
     if taken is None:
         raise ValueError(
             f"{name} made {-(-calls // order)} steps and did not come to stop_at={stop_at!r}: it cannot be stopped"
@@ -260,6 +301,104 @@ def generate(
     return Generated(images, taken)
 
 
+def attach(
+    pipe: DiffusionPipeline,
+    decoder: str | PixelDecoderPipeline = "nano",
+    stop_at: int | float | str | None = "auto",
+    *,
+    latent_space: str | None = None,
+    decoder_kwargs: dict[str, Any] | None = None,
+) -> DiffusionPipeline:
+    """Have a pipeline's own call return images that the pixel decoder decoded, until `detach`.
+
+    The call takes the arguments that it took, and returns an `ImagePipelineOutput` or a tuple, of `output_type` "pil",
+    "np" or "pt"; with "latent" it is what it was. Its generator seeds the decoder as in `generate`.
+
+    Args:
+        pipe, stop_at, latent_space: as in `partly_denoise`.
+        decoder: one of the same latent space, or its name, which is then loaded to the pipeline's device; "auto": the
+            released one.
+        decoder_kwargs: as in `generate`. By default a decoder that reads text reads the pipeline's prompt.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: no such decoder, or one of another latent space; no known decoder fits the pipeline.
+    """
+    detach(pipe)
+    parse_stop(stop_at)
+    space = pipeline_latent_space(pipe, latent_space)
+    if isinstance(decoder, str):
+        execution = Execution(device=pipe._execution_device.type)
+        decoder = execution.load(space.preset if decoder == "auto" else decoder)
+    check_decoder(decoder, space)
+    own = type(pipe)
+    signature = inspect.signature(own.__call__)
+
+    @functools.wraps(own.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        del given["self"]
+        given |= given.pop("kwargs", {})
+        output_type, return_dict = given.pop("output_type", "pil"), given.pop("return_dict", True)
+        self.__class__ = own  # what follows runs the pipeline as it is
+        try:
+            if output_type == "latent":
+                return self(**given, output_type=output_type, return_dict=return_dict)
+            images = _call_attached(self, decoder, given, output_type, stop_at, latent_space, decoder_kwargs or {})
+        finally:
+            self.__class__ = attached
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    members = {"__call__": call, "__module__": own.__module__, "__doc__": own.__doc__, "_detached": own}
+    attached = type(own.__name__, (own,), members)
+    pipe.__class__ = attached
+    return pipe
+
+
+def detach(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Have a pipeline's call do what it did before `attach`, if there was one."""
+    pipe.__class__ = getattr(pipe, "_detached", type(pipe))
+    return pipe
+
+
+def _call_attached(
+    pipe: DiffusionPipeline,
+    decoder: PixelDecoderPipeline,
+    given: dict[str, Any],
+    output_type: str,
+    stop_at: int | float | str | None,
+    latent_space: str | None,
+    decoder_kwargs: dict[str, Any],
+) -> Any:
+    """What a call with these arguments returns once a decoder is attached: images of that type."""
+    prompt, embeds = given.pop("prompt", None), given.get("prompt_embeds")
+    if prompt is None:
+        texts = {"prompt", "prompt_embeds"} & set(decoder_kwargs)
+        if decoder.transformer.config.text_embed_dim is not None and not texts:
+            raise ValueError("the decoder reads text: give a prompt, or one in the decoder_kwargs of attach")
+        prompt = [""] * (1 if embeds is None else len(embeds))
+    count = (1 if isinstance(prompt, str) else len(prompt)) * given.get("num_images_per_prompt", 1)
+    generator = given.get("generator")
+    if generator is not None:
+        several = isinstance(generator, (list, tuple))
+        seeds = (
+            [one.initial_seed() for one in generator]
+            if several
+            else [generator.initial_seed() + i for i in range(count)]
+        )
+        generators = [torch.Generator().manual_seed(decoder_seed(seed)) for seed in seeds]
+        decoder_kwargs = {"generator": generators} | decoder_kwargs
+    images = generate(
+        pipe, decoder, prompt, stop_at=stop_at, seed=None, latent_space=latent_space,
+        decoder_kwargs=decoder_kwargs | {"output_type": output_type}, **given,
+    ).images  # fmt: skip
+    if output_type == "pil":
+        return images
+    return torch.stack(images) if output_type == "pt" else np.stack(images)  # type: ignore[arg-type]
+
+
 def pipeline_latent_space(pipe: DiffusionPipeline, name: str | None = None) -> LatentSpace:
     """The latent space that a pipeline denoises, or the one called `name`.
 
@@ -270,6 +409,11 @@ def pipeline_latent_space(pipe: DiffusionPipeline, name: str | None = None) -> L
     if name is None:
         if why := next((why for start, why in _REFUSED.items() if kind.startswith(start)), None):
             raise ValueError(f"no known decoder fits {kind}: {why}")
+        if kind.startswith(_VIDEO):
+            raise ValueError(
+                f"{kind} makes video: expected a pipeline of images. Frames would need a decoder trained on latents of "
+                "its autoencoder, and noise and tiles that are one for all frames of a scene"
+            )
         if getattr(pipe, "vae", None) is None or not hasattr(pipe, "scheduler"):
             raise ValueError(f"{kind} has no autoencoder (vae) and scheduler: expected a latent diffusion pipeline")
     return find_latent_space(getattr(pipe, "vae", None), name)
@@ -299,6 +443,8 @@ def signal_and_noise(scheduler: SchedulerMixin, index: int) -> tuple[float, floa
         between = index % 2 and hasattr(scheduler, "sigmas_interpol")
         sigma = float((scheduler.sigmas_interpol if between else scheduler.sigmas)[index])
         config = scheduler.config
+        if config.get("invert_sigmas"):  # OmniGen's count the image, not the noise
+            sigma = 1 - sigma
         if (
             type(scheduler).__name__.startswith("FlowMatch")
             or config.get("use_flow_sigmas")
@@ -335,8 +481,8 @@ def _check_stop(kind: str, value: float, steps: int) -> None:
         raise ValueError(f"stop_at={value:g}: the latent model makes only {steps} steps: give 1 to {steps}")
 
 
-def _side(pipe: DiffusionPipeline, key: str, kwargs: dict[str, Any]) -> int | None:
-    """Height or width of the pipeline's image in pixels, its own default if none is given."""
+def default_side(pipe: DiffusionPipeline, key: str, kwargs: dict[str, Any]) -> int | None:
+    """Height or width of a pipeline's image in pixels, by its call's arguments: its own default if none is given."""
     if kwargs.get(key):
         return kwargs[key]
     cells, factor = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)

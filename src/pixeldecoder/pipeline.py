@@ -28,10 +28,9 @@ from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import read, to_tensor
-from pixeldecoder.plan import Limits, Plan, plan, plan_encoder
+from pixeldecoder.plan import Limits, Plan, encode_in_tiles, plan
 from pixeldecoder.sampler import Velocity, check_steps, sample, set_times
 from pixeldecoder.text import PromptEncoder, encode_prompts
-from pixeldecoder.tiling import tiled_latents
 
 logger = logging.get_logger(__name__)
 
@@ -332,8 +331,7 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
                 )
             return latents
 
-        tiles = plan_encoder(autoencoder, image.shape[-2], image.shape[-1], len(image), cell, max_memory)
-        return checked(image) if tiles.count == 1 else tiled_latents(checked, image, tiles, cell)
+        return encode_in_tiles(checked, autoencoder, image, cell, max_memory)
 
     def prepare(
         self,

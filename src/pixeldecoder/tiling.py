@@ -78,26 +78,26 @@ def tiled_velocity(
     return output
 
 
-def tiled_latents(
-    encoder: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, tiles: Tiles, cell: int
-) -> torch.Tensor:
-    """The latents (B, C, H/cell, W/cell) of an image (B, 3, H, W), by an encoder that sees one tile at a time.
+def tiled_latents(encoder: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """The latents (B, C, H/f, W/f) of an image (B, 3, H, W), by an encoder that sees one tile at a time.
 
     Args:
-        encoder: convolutional, of a tile (B, 3, h, w) to (B, C, h/cell, w/cell).
-        tiles: of the image, cut between latent cells of `cell` pixels a side.
+        encoder: convolutional, of a tile (B, 3, h, w) to (B, C, h/f, w/f).
+        tiles: of the image, cut between latent cells, of f pixels a side.
     """
-    small = Tiles(
-        tiles.height // cell, tiles.width // cell,
-        tuple(top // cell for top in tiles.tops), tuple(left // cell for left in tiles.lefts), tiles.overlap // cell,
-    )  # fmt: skip
-    output = None
-    for top, left, weight in _placed(small, image.device):
-        y, x = top * cell, left * cell
-        latents = encoder(image[..., y : y + tiles.height, x : x + tiles.width])
+    output, places = None, [(top, left) for top in tiles.tops for left in tiles.lefts]
+    for index, (top, left) in enumerate(places):
+        latents = encoder(image[..., top : top + tiles.height, left : left + tiles.width])
         if output is None:
+            cell = tiles.height // latents.shape[-2]
             output = latents.new_zeros(*latents.shape[:2], *(side // cell for side in image.shape[-2:]))
-        output[..., top : top + small.height, left : left + small.width] += latents * weight.to(latents)
+            small = Tiles(
+                tiles.height // cell, tiles.width // cell, tuple(y // cell for y in tiles.tops),
+                tuple(x // cell for x in tiles.lefts), tiles.overlap // cell,
+            )  # fmt: skip
+            placed = list(_placed(small, image.device))
+        y, x, weight = placed[index]
+        output[..., y : y + small.height, x : x + small.width] += latents * weight.to(latents)
     assert output is not None
     return output
 
@@ -148,4 +148,6 @@ def crop_features(
         injections=tuple(patches(tokens) for tokens in features.injections),
         pixel=None if features.pixel is None else patches(features.pixel),
         aux_rgb=aux,
+        gates=tuple(None if gate is None else patches(gate) for gate in features.gates),
+        pixel_gate=None if features.pixel_gate is None else patches(features.pixel_gate),
     )

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from conftest import tiny_pipeline
+from families import build
+from pixeldecoder.ldm import generate
 from pixeldecoder.plan import Limits, plan
 from pixeldecoder.serve.engine import ClosedError, Engine, Request, TooLargeError, generator, noise_generator
 from serving import Gate, latents, photo
@@ -218,6 +220,29 @@ def test_a_full_queue_and_the_end(pipeline):
     assert running.result(0) and [job.cancelled() for job in waiting] == [True, False, False]
 
 
+def test_a_latent_model_makes_what_generate_makes():
+    latent_model, kwargs = build("Z-Image")
+    decoder = tiny_pipeline()
+    decoder.register_to_config(latent_space="flux")
+    given = dict(decoder="tiny", prompt="a red cat", latent_steps=3, stop_at="2", seed=7, **kwargs)
+    truth = generate(
+        latent_model, decoder, "a red cat", stop_at=2, seed=7, num_inference_steps=3, **kwargs,
+        decoder_kwargs={"output_type": "latent"},
+    )  # fmt: skip
+    engine = Engine({"tiny": decoder}, latent_model=latent_model)
+    result = engine.submit(Request(**given)).result(60)
+    assert torch.equal(result.image[0], truth.images[0]) and result.sigma == truth.taken.sigma > 0
+    for change, message in (
+        (dict(prompt=" "), "expected a prompt"),
+        (dict(height=40), "height 40: expected pixels, a multiple of 16"),
+        (dict(stop_at="soon"), "stop_at='soon'"),
+        (dict(latent_steps=0), "latent_steps 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(Request(**given | change))
+    engine.close()
+
+
 def test_estimate(engine):
     small, seconds = engine.estimate(request())
     large, longer = engine.estimate(request(latents=latents(0, 8, 8)))
@@ -228,7 +253,7 @@ def test_estimate(engine):
     ("given", "message"),
     [
         (dict(decoder="other"), 'no decoder "other": expected one of tiny'),
-        (dict(latents=None), "expected latents or an image, and not both"),
+        (dict(latents=None), "expected latents or an image, as there is no latent model"),
         (dict(latents=torch.randn(4, 2, 2)), r"expected latents of shape \(B, 16, h, w\)"),
         (dict(latents=torch.randn(2, 16, 2, 2)), "of one image, got 2"),
         (dict(latents=torch.full((16, 2, 2), float("nan"))), "expected finite latents"),

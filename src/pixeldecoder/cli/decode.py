@@ -1,13 +1,22 @@
 """Latents or pictures in, large pictures out, and pictures to latents: `decode`, `upscale`, `encode`."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pixeldecoder.cli.options import Device, FilesToImages, Output, Source, check_sigma, source_facts
+from pixeldecoder.cli.options import (
+    Device,
+    FilesToImages,
+    Output,
+    Source,
+    check_memory,
+    check_sigma,
+    source_facts,
+    word,
+)
 from pixeldecoder.errors import naming
 
 if TYPE_CHECKING:
@@ -34,6 +43,52 @@ class Decode(FilesToImages):
     --save-latents` writes it), or 0: finished."""
     latent_space: str | None = None
     """Of ComfyUI's latents, by name (flux, flux2, sd3, sdxl, qwenimage); by default the decoder's."""
+    backend: Literal["torch", "onnx"] = "torch"
+    """What computes: PyTorch; or onnxruntime, with the graphs of a folder that `export` wrote, given as --decoder."""
+
+    def check(self) -> None:
+        from pixeldecoder.portable import read_manifest
+
+        super().check()
+        if self.backend == "torch":
+            return
+        for option in ("quantize", "attention", "compile", "lora"):
+            if getattr(self, option) != getattr(type(self), option):
+                raise ValueError(f"--{option} is PyTorch's: leave it out with --backend onnx")
+        precision = read_manifest(self.decoder)["precision"]
+        if self.dtype not in ("auto", precision.replace("int8", "float32")):
+            raise ValueError(f"--dtype {self.dtype}: {self.decoder} holds graphs in {precision}: export others")
+
+    def load(self, place: bool = True, loras: Sequence[str] = ()) -> "PixelDecoderPipeline":
+        if self.backend == "torch":
+            return super().load(place, loras)
+        from pixeldecoder.errors import require
+
+        require("--backend onnx", "onnx", "onnxruntime")
+
+        from pixeldecoder.export import onnx_pipeline
+
+        pipeline = onnx_pipeline(Path(self.decoder), self.device)
+        pipeline.set_progress_bar_config(desc="steps", leave=False)
+        if self.steps is not None:
+            with naming(f"--steps {self.steps}"):
+                pipeline.check_steps(self.steps)
+        return pipeline
+
+    def placed(self) -> tuple[str, str]:
+        if self.backend == "torch":
+            return super().placed()
+        from pixeldecoder.export import PROVIDERS, providers
+        from pixeldecoder.portable import read_manifest
+
+        device = {name: device for device, name in PROVIDERS.items()}.get(providers(self.device)[0], "auto")
+        return device, read_manifest(self.decoder)["precision"].replace("int8", "float32")
+
+    def call_kwargs(self) -> dict[str, Any]:
+        kwargs = super().call_kwargs()
+        if self.backend == "onnx":  # whose graphs work on all patches of a tile at once
+            kwargs["chunk_size"] = 2**20
+        return kwargs
 
     def run(self) -> None:
         from tqdm import tqdm
@@ -195,6 +250,9 @@ class Encode:
     name (flux, flux2, sd3, sdxl, qwenimage, dinov2, siglip: its usual autoencoder), or "module:function"."""
     device: Device = "auto"
     """Where it runs; "auto": the fastest there is."""
+    max_memory: Annotated[str | None, word("SIZE")] = None
+    """Memory that it may take, such as "6GB"; by default what is free. An image that does not fit is encoded in
+    tiles."""
     overwrite: bool = False
     """Replace what is there. Without it a file that is there is an error, and in a folder is not made again."""
 
@@ -202,6 +260,8 @@ class Encode:
         from pixeldecoder import files, pictures
         from pixeldecoder.cli.jobs import Jobs
 
+        if self.max_memory is not None:
+            check_memory(self.max_memory)
         jobs = Jobs(
             self.source, self.output, pictures.SUFFIXES, (".safetensors",), "safetensors", self.overwrite,
             _picture_size,
@@ -216,6 +276,7 @@ class Encode:
 
         from pixeldecoder.execution import load_encoder, torch_device
         from pixeldecoder.latents import SPACES
+        from pixeldecoder.plan import encode_in_tiles
 
         device = torch_device(self.device)
         encoder = load_encoder(self.encoder, device)
@@ -233,7 +294,9 @@ class Encode:
             with naming(job.source), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
-                latents = encoder(image.to(device)).cpu().contiguous()
+                autoencoder = getattr(encoder, "autoencoder", None)
+                latents = encode_in_tiles(encoder, autoencoder, image.to(device), 16, self.max_memory)
+                latents = latents.cpu().contiguous()
             tensors = {"latents": latents, "size": size}
             files.write_whole(job.targets[0], partial(save_file, tensors, metadata=metadata))
             tqdm.write(str(job.targets[0]))

@@ -139,12 +139,14 @@ class Compare:
     """The page, a file."""
     weights: dict[str, Path] = field(default_factory=dict)
     """Of metrics, as in `evaluate`."""
+    overwrite: bool = False
+    """Replace the page if it is there."""
 
     def run(self) -> None:
         from pixeldecoder.files import check_target
         from pixeldecoder.pictures import size
 
-        check_target(self.output, (".html",))
+        check_target(self.output, (".html",), self.overwrite, [self.first, self.second])
         for path in (self.first, self.second):
             size(path)
 

@@ -12,7 +12,7 @@ import tyro
 from pixeldecoder import __version__
 from pixeldecoder.cli.benchmark import Benchmark
 from pixeldecoder.cli.bulk import Bulk
-from pixeldecoder.cli.convert import Convert
+from pixeldecoder.cli.convert import Convert, Export
 from pixeldecoder.cli.decode import Decode, Encode, Upscale
 from pixeldecoder.cli.demo import Demo
 from pixeldecoder.cli.evaluate import Compare, Evaluate, Judge
@@ -33,6 +33,7 @@ COMMANDS: dict[str, type] = {
     "info": Info,
     "redo": Redo,
     "convert": Convert,
+    "export": Export,
     "plan": Plan,
     "evaluate": Evaluate,
     "compare": Compare,

@@ -104,6 +104,8 @@ class Redo:
     def _command(self, made: dict[str, Any], output: Path) -> Command:
         """As if it had been typed: what a picture says is checked as what people type is, and may be a stranger's."""
         kind = COMMANDS.get(str(made.get("command")))
+        if made.get("command") == "evaluate":
+            raise ValueError("a picture of an evaluation: run that again, which makes what is missing in its folder")
         if kind is None:
             raise ValueError(f"made by {made.get('command')!r}: expected one of {', '.join(COMMANDS)}")
         if not isinstance(made.get("index", 0), int) or made.get("index", 0) < 0:

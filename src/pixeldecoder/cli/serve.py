@@ -1,5 +1,6 @@
 """Decoders in, a web page and a server of them out: `serve`."""
 
+import importlib
 import os
 import socket
 from dataclasses import dataclass, field
@@ -38,6 +39,10 @@ class Serve(TextEncoder, ExecutionOptions):
     """Seconds after which a request is given up (503)."""
     drain: float = 60.0
     """Seconds for what was taken, at the end."""
+    model: str | None = None
+    """Folder or Hub id of a diffusers pipeline, which the page then makes latents with."""
+    page: bool = True
+    """The web page, at /."""
     seed: int = field(default=0, init=False)  # each request's
 
     def run(self) -> None:
@@ -56,6 +61,8 @@ class Serve(TextEncoder, ExecutionOptions):
         for name in self.decoder:
             check_decoder_name(name)
         require("serve", "serve", "fastapi", "fastapi_offline", "prometheus_client", "python_multipart", "uvicorn")
+        if self.page:
+            require("the web page", "serve", "gradio")
         try:
             family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
             listening = socket.create_server((self.host, self.port), family=family, backlog=2048)
@@ -64,6 +71,7 @@ class Serve(TextEncoder, ExecutionOptions):
                 f"--host {self.host} --port {self.port}: cannot be listened at: {error.strerror}"
             ) from None
 
+        from pixeldecoder.execution import load_diffusion_pipeline, torch_device, torch_dtype
         from pixeldecoder.serve.engine import Engine
         from pixeldecoder.serve.http import Server, create_app
         from pixeldecoder.serve.service import Settings
@@ -72,7 +80,13 @@ class Serve(TextEncoder, ExecutionOptions):
         for pipeline in pipelines.values():
             if pipeline.text_encoder is None:
                 self.attach(pipeline)
-        engine = Engine(pipelines, self.limits(), self.queue_size, self.max_batch, self.max_pixels)
+        latent_model = None
+        if self.model is not None:
+            device = torch_device(self.device)
+            latent_model = load_diffusion_pipeline(self.model, torch_dtype(self.dtype, device), {}).to(device)
+            latent_model.set_progress_bar_config(disable=True)
+        page = importlib.import_module("pixeldecoder.serve.web").mount if self.page else None
+        engine = Engine(pipelines, self.limits(), self.queue_size, self.max_batch, self.max_pixels, latent_model)
         settings = Settings(max_bytes, self.deadline, os.environ.get("PIXELDECODER_TOKEN") or None)
         with listening:
-            Server(create_app(engine, settings), self.drain).run([listening])
+            Server(create_app(engine, settings, page), self.drain).run([listening])

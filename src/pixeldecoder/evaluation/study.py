@@ -16,11 +16,13 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from pixeldecoder import __version__
 from pixeldecoder.autoencoders import load_autoencoder
 from pixeldecoder.errors import require
 from pixeldecoder.evaluation.cases import Cases, Source, cut_truths, list_cases, opened
 from pixeldecoder.evaluation.methods import (
     BASELINES,
+    Case,
     Facts,
     Method,
     Setting,
@@ -38,6 +40,7 @@ from pixeldecoder.flow import Frame
 from pixeldecoder.ldm import partly_denoise
 from pixeldecoder.pictures import read, to_image, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.provenance import weights_hash
 
 Methods = list[tuple[list[Setting], Callable[[], Method]]]
 """Settings, with what loads their method when its turn comes, so that one at a time is in memory."""
@@ -223,6 +226,17 @@ class Study:
         loaded = None if vae is None else load_autoencoder(vae).to(self.device).eval()
         return baseline_method(name, loaded, frame, workspace)
 
+    def _made(self, setting: Setting, case: Case) -> dict[str, Any]:
+        """How a picture of this evaluation was made."""
+        made = {name: value for name, value in asdict(setting).items() if value not in (None, "")}
+        if setting.method in self.decoders.load:
+            made["decoder_sha256"] = weights_hash(setting.method)
+        made |= {name: value for name, value in self.identity.items() if value is not None}
+        return {
+            "software": f"pixeldecoder {__version__}", "command": "evaluate", "image": case.name, **made,
+            "seed": self.seed, "device": self.device,
+        }  # fmt: skip
+
     def _load_metrics(self, metrics: list[Metric]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
         """What computes those of single pictures, what those of all together, and why others are left out."""
         prompts = self.source.prompts
@@ -281,7 +295,7 @@ class Study:
                 if row is None:
                     method = method or load()
                     image, seconds = method(pictured, setting)
-                    save_image(to_image(image), path)
+                    save_image(to_image(image), path, self._made(setting, case))
                     row = {"image": case.name, "file": case.file, "seconds": seconds} | asdict(setting)
                 image = to_tensor(read(path).flattened()).to(self.device)  # as 8 bits hold it
                 for name in scores:

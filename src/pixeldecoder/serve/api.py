@@ -238,7 +238,7 @@ async def _body(http: HttpRequest, model: type[BaseModel], file: str) -> Any:
         except (ValueError, RecursionError, binascii.Error) as error:
             raise ValueError(f"the body is not JSON with {file} in base64: {error}") from None
     elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        async with http.form(max_files=1, max_fields=32) as form:
+        async with http.form(max_files=4, max_fields=32) as form:
             for key, value in form.multi_items():
                 key = file if key == f"{file}[]" else key
                 if key in data:

@@ -1,5 +1,6 @@
 """Requests in, futures of images out: one thread owns the device and decodes together what fits together."""
 
+import inspect
 import queue
 import threading
 import time
@@ -17,6 +18,14 @@ from PIL import Image
 
 from pixeldecoder.autoencoders import ImageEncoder
 from pixeldecoder.execution import image_encoder
+from pixeldecoder.ldm import (
+    check_decoder,
+    decoder_seed,
+    default_side,
+    parse_stop,
+    partly_denoise,
+    pipeline_latent_space,
+)
 from pixeldecoder.pictures import Picture, read, size
 from pixeldecoder.pipeline import PixelDecoderPipeline, postprocess
 from pixeldecoder.plan import Limits, Plan, estimate_seconds, measure_rates, plan
@@ -39,7 +48,7 @@ class ClosedError(RuntimeError):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request:
-    """One image to be decoded from latents, or a picture to be enlarged or encoded."""
+    """One image: to be decoded from latents, made of a picture, or without either of the prompt by a latent model."""
 
     decoder: str = "nano"
     """By the name that the engine has it under."""
@@ -63,8 +72,11 @@ class Request:
     """Ignored by a decoder without text, as is the next."""
     negative_prompt: str | None = None
     height: int | None = None
-    """Of the latent model's image in pixels, for packed latents."""
+    """Of the latent model's image in pixels: of packed latents, or of what it shall make, by default its own."""
     width: int | None = None
+    stop_at: str | None = "auto"
+    """Where the latent model stops, as in `pixeldecoder.ldm.partly_denoise`; and its steps, by default its own."""
+    latent_steps: int | None = None
     denormalized: bool = False
     """The latents are what an autoencoder's `decode` takes."""
 
@@ -100,6 +112,8 @@ class Result:
     """The picture whose alpha the image gets."""
     latents: torch.Tensor | None = None
     """(1, C, h, w), normalised, if these were wanted."""
+    sigma: float = 0.0
+    """That the latents had."""
 
     def picture(self) -> Image.Image:
         """The image as `PixelDecoderPipeline` returns it; RGBA where the picture had alpha."""
@@ -184,6 +198,7 @@ class Engine:
         queue_size: requests that may wait.
         max_batch: images that are decoded together, if the memory allows; of one decoder, size and settings alone.
         max_pixels: of an image that is made.
+        latent_model: a diffusers pipeline on the decoders' device, for requests that have a prompt alone.
 
     Attributes:
         batches: how many batches were done, by their number of images.
@@ -197,9 +212,12 @@ class Engine:
         queue_size: int = 64,
         max_batch: int = 8,
         max_pixels: int | None = None,
+        latent_model: Any = None,
     ):
         self.pipelines, self.limits = dict(pipelines), limits
         self.queue_size, self.max_batch, self.max_pixels = queue_size, max_batch, max_pixels
+        self.latent_model = latent_model
+        self.latent_space: Any = None if latent_model is None else pipeline_latent_space(latent_model)
         self.batches: dict[int, int] = {}
         self.pace: float | None = None
         self._encoders: dict[str, ImageEncoder | None] = {}
@@ -280,8 +298,10 @@ class Engine:
             raise ValueError(f'no decoder "{request.decoder}": expected one of {", ".join(self.pipelines)}')
         pipeline = self.pipelines[request.decoder]
         config, scale = pipeline.transformer.config, pipeline.transformer.config.scale
-        if (request.latents is None) == (request.image is None):
+        if request.latents is not None and request.image is not None:
             raise ValueError("expected latents or an image, and not both")
+        if request.latents is None and request.image is None and self.latent_model is None:
+            raise ValueError("expected latents or an image, as there is no latent model that could make them")
         if not isinstance(request.seed, int) or not 0 <= request.seed < 2**63:
             raise ValueError(f"seed {request.seed!r}: expected a whole number from 0 to 2^63 - 1")
         if not isinstance(request.sigma, int | float) or not 0 <= request.sigma <= 1:
@@ -308,6 +328,8 @@ class Engine:
                 return _Checked((object(),), picture=None if isinstance(image, torch.Tensor) else read(image, "image"))
             picture = read(image, "image")  # type: ignore[arg-type]
             height, width = (-(-side // cell) for side in (picture.rgb.height, picture.rgb.width))
+        elif request.latents is None:
+            height, width = self._check_generation(request, pipeline)
         else:
             latents = pipeline.check_latents(request.latents, request.height, request.width, request.denormalized)
             if len(latents) != 1:
@@ -320,9 +342,28 @@ class Engine:
                     f"{cell * height} px"
                 )
         layout = self._plan(pipeline, height, width, 1, self.limits)
-        key = (request.decoder, height, width, steps, request.guidance_scale)
+        key: tuple = (request.decoder, height, width, steps, request.guidance_scale)
+        if request.latents is None and request.image is None:
+            key = (*key, object())  # the latent model makes them one by one
         passes = steps * (2 if pipeline.guides(request.guidance_scale) else 1)
         return _Checked(key, latents, picture, layout, passes)
+
+    def _check_generation(self, request: Request, pipeline: PixelDecoderPipeline) -> tuple[int, int]:
+        """Cells of the latents that the latent model will make."""
+        check_decoder(pipeline, self.latent_space)
+        parse_stop(request.stop_at)
+        if not request.prompt.strip():
+            raise ValueError("expected a prompt: what shall be made")
+        if request.latent_steps is not None and request.latent_steps < 1:
+            raise ValueError(f"latent_steps {request.latent_steps}: expected at least 1")
+        sides = []
+        for name in ("height", "width"):
+            side = default_side(self.latent_model, name, vars(request))
+            if side is None or side < 16 or side % 16:
+                raise ValueError(f"{name} {side}: expected pixels, a multiple of 16")
+            sides.append(side)
+        self._check_size(*(pipeline.transformer.config.scale * side for side in sides))
+        return sides[0] // self.latent_space.downscale_factor, sides[1] // self.latent_space.downscale_factor
 
     def _check_size(self, height: int, width: int) -> None:
         if self.max_pixels is not None and height * width > self.max_pixels:
@@ -401,13 +442,16 @@ class Engine:
 
     def _encode(self, job: Job) -> list[Result]:
         job.report(state="running")
-        latents = self._latents(job).cpu()
+        latents = self._latents(job)[0].cpu()
         return [Result(time.monotonic() - job.begun, latents=latents)]
 
-    def _latents(self, job: Job) -> torch.Tensor:
+    def _latents(self, job: Job) -> tuple[torch.Tensor, float]:
+        """(1, C, h, w), and their sigma."""
         request, checked = job.request, job.checked
         if checked.latents is not None:
-            return checked.latents.float()
+            return checked.latents.float(), request.sigma
+        if request.image is None:
+            return self._denoise(job)
         pipeline = self.pipelines[request.decoder]
         if request.decoder not in self._encoders:
             self._encoders[request.decoder] = image_encoder("auto", pipeline)
@@ -415,19 +459,40 @@ class Engine:
             picture: Any = request.image
         else:
             picture = checked.picture.flattened() if request.encode else checked.picture.rgb
-        return pipeline.prepare(
+        latents = pipeline.prepare(
             picture, request.sigma, noise_generator(request.seed), self._encoders[request.decoder],
             self.limits.max_memory,
         )  # fmt: skip
+        return latents, request.sigma
+
+    def _denoise(self, job: Job) -> tuple[torch.Tensor, float]:
+        """By the latent model, as far as is asked for."""
+        request, taken = job.request, inspect.signature(self.latent_model.__call__).parameters
+
+        def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if job.done():
+                pipe._interrupt = True
+            return {}
+
+        given: dict[str, Any] = {
+            "height": request.height, "width": request.width, "num_inference_steps": request.latent_steps,
+            "callback_on_step_end": stop if "callback_on_step_end" in taken else None,
+        }  # fmt: skip
+        denoised = partly_denoise(
+            self.latent_model, request.stop_at, prompt=request.prompt, generator=generator(request.seed),
+            **{name: value for name, value in given.items() if value is not None},
+        )  # fmt: skip
+        return denoised.latents, denoised.sigma
 
     def _decode(self, jobs: list[Job]) -> list[Result]:
         request, checked, batch = jobs[0].request, jobs[0].checked, self._batch
         pipeline = self.pipelines[request.decoder]
         steps, layout = checked.key[3], checked.plan
         assert layout is not None
-        batch.passes, batch.made, batch.begun = checked.passes * layout.tiles.count, 0, time.monotonic()
         for job in jobs:
             job.report(state="running", steps=steps)
+        latents, sigmas = zip(*(self._latents(job) for job in jobs), strict=True)
+        batch.passes, batch.made, batch.begun = checked.passes * layout.tiles.count, 0, time.monotonic()
         limits = self.limits
         if len(jobs) > 1:  # the tiles of one, whatever the memory has become since
             side = max(layout.tiles.height, layout.tiles.width) if layout.tiled else None
@@ -438,11 +503,11 @@ class Engine:
             given = [job.request.negative_prompt for job in jobs]
             text["negative_prompt"] = [default if one is None else one for one in given]
         images = pipeline(
-            torch.cat([self._latents(job).to(pipeline._execution_device) for job in jobs]),
-            sigma=[job.request.sigma for job in jobs],
+            torch.cat([one.to(pipeline._execution_device) for one in latents]),
+            sigma=list(sigmas),
             num_inference_steps=steps,
             guidance_scale=request.guidance_scale,
-            generator=[generator(job.request.seed) for job in jobs],
+            generator=[generator(_sampler_seed(job.request)) for job in jobs],
             output_type="latent",
             callback_on_step_end=self._after_step,
             callback_on_step_end_tensor_inputs=["x0"] if any(job.watched for job in jobs) else [],
@@ -450,7 +515,7 @@ class Engine:
             **vars(limits),
         ).images.cpu()
         results, now = [], time.monotonic()
-        for job, image in zip(jobs, images.split(1), strict=True):
+        for job, image, sigma in zip(jobs, images.split(1), sigmas, strict=True):
             picture, sides = job.checked.picture, job.request.size
             if picture is not None:
                 sides = picture.rgb.height, picture.rgb.width
@@ -458,7 +523,7 @@ class Engine:
                 height, width = (pipeline.transformer.config.scale * side for side in sides)
                 image = image[..., :height, :width]
             # A copy: the rest of the batch is not held with it.
-            results.append(Result(now - job.begun, pipeline.layout, image.clone(), picture))
+            results.append(Result(now - job.begun, pipeline.layout, image.clone(), picture, sigma=sigma))
         return results
 
     def _after_pass(self, pipeline: PixelDecoderPipeline) -> None:
@@ -481,6 +546,11 @@ class Engine:
                 x0 = F.avg_pool2d(x0, -(-max(x0.shape[-2:]) // PREVIEW), ceil_mode=True).cpu()
             job.report(step=step + 1, x0=x0)
         return {}
+
+
+def _sampler_seed(request: Request) -> int:
+    """Another than that of the latent model, whose noise it would repeat."""
+    return decoder_seed(request.seed) if request.latents is None and request.image is None else request.seed
 
 
 def generator(seed: int) -> torch.Generator:

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import binascii
+import functools
 import hmac
 import logging
 import queue
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixeldecoder import __version__
@@ -91,9 +94,10 @@ def create_app(
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(Exception, _handler(service, 500))
     _document_errors(app)
-    app.add_middleware(Guard, service=service, counts=counts)
+    app.add_middleware(Guard, service=service, counts=counts, paths=tuple(app.openapi()["paths"]))
     if page is not None:
-        app.add_api_route("/", lambda: RedirectResponse("/page/"), include_in_schema=False)
+        for path in "/", "/favicon.ico", "/manifest.json":  # gradio asks for the last two at the root
+            app.router.add_route(path, functools.partial(_to_page, path), include_in_schema=False)
         app = page(app, service)
     return app
 
@@ -113,6 +117,10 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> J
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+
+
+def _to_page(path: str, http: HttpRequest) -> RedirectResponse:
+    return RedirectResponse(f"/page{path}")
 
 
 def _handler(service: Service, status: int) -> Callable[[HttpRequest, Exception], JSONResponse]:
@@ -137,12 +145,23 @@ def _invalid(http: HttpRequest, raised: Any) -> JSONResponse:
 
 
 def _http_error(http: HttpRequest, raised: Any) -> JSONResponse:
-    text = raised.detail
+    text, headers = raised.detail, raised.headers
     if (raised.status_code, text) == (404, "Not Found"):
         text = f"no such path: {http.url.path}; see /docs"
     elif (raised.status_code, text) == (405, "Method Not Allowed"):
         text = f"{http.url.path} takes no {http.method}"
-    return error(raised.status_code, text, raised.headers)
+        matching = [methods for path, methods in http.app.openapi()["paths"].items() if _matches(path, http.url.path)]
+        headers = {"Allow": ", ".join(sorted(method.upper() for methods in matching for method in methods))}
+    return error(raised.status_code, text, headers)
+
+
+def _matches(template: str, path: str) -> bool:
+    return _pattern(template).match(path) is not None
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern:
+    return compile_path(template)[0]
 
 
 def _document_errors(app: FastAPI) -> None:
@@ -167,8 +186,8 @@ def _document_errors(app: FastAPI) -> None:
 class Guard:
     """Before every route: the token, the size of bodies, and room for the request; after it: counts."""
 
-    def __init__(self, app: ASGIApp, service: Service, counts: "Counts"):
-        self.app, self.service, self.counts, self.busy = app, service, counts, 0
+    def __init__(self, app: ASGIApp, service: Service, counts: "Counts", paths: tuple[str, ...]):
+        self.app, self.service, self.counts, self.paths, self.busy = app, service, counts, paths, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -207,7 +226,8 @@ class Guard:
                 await self.app(scope, counting, noting)
         finally:
             self.busy -= 1
-            route = getattr(scope.get("route"), "path", None) or ("page" if "/page" in scope["path"] else "other")
+            other = "page" if scope["path"].startswith("/page") else "other"
+            route = next((path for path in self.paths if _matches(path, scope["path"])), other)
             self.counts.note(scope["method"], route, status, time.monotonic() - begun)
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes], limit: int) -> Response | None:

@@ -69,7 +69,7 @@ def routes(service: Service) -> APIRouter:
     """`/decode` and `/encode`."""
     router = APIRouter(tags=["diffusers"])
 
-    @router.post("/decode", **_described(TENSOR, "image/jpeg", "image/png", takes=TENSOR))
+    @router.post("/decode", **_described(TENSOR, "image/jpeg", "image/png"))
     async def decode(http: HttpRequest, query: Annotated[Decode, Query()]) -> Response:
         """Latents as bytes to an image, for `diffusers.utils.remote_utils.remote_decode`."""
         if query.output_type == "mp4":
@@ -104,7 +104,7 @@ def routes(service: Service) -> APIRouter:
             tensor = tensor.half()
         return _response(tensor)
 
-    @router.post("/encode", **_described(TENSOR, takes="application/octet-stream"))
+    @router.post("/encode", **_described(TENSOR))
     async def encode(http: HttpRequest, query: Annotated[Encode, Query()]) -> Response:
         """A picture to latents, for `diffusers.utils.remote_utils.remote_encode`: normalised if factors are given."""
         body = await http.body()
@@ -162,11 +162,11 @@ def _response(tensor: Any) -> Response:
     return Response(data, media_type=TENSOR, headers=headers)
 
 
-def _described(*answers: str, takes: str) -> dict[str, Any]:
-    """For the OpenAPI page: bytes in, bytes out."""
+def _described(*answers: str) -> dict[str, Any]:
+    """For the OpenAPI page: bytes in, whatever they are called, and bytes out."""
     binary = {"schema": {"type": "string", "format": "binary"}}
     return {
         "response_class": Response,
         "responses": {200: {"content": dict.fromkeys(answers, binary), "description": "A tensor, or a picture."}},
-        "openapi_extra": {"requestBody": {"required": True, "content": {takes: binary}}},
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/octet-stream": binary}}},
     }

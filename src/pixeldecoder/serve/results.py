@@ -43,7 +43,7 @@ def how_made(
             made["negative_prompt"] = default if request.negative_prompt is None else request.negative_prompt
     scale = pipeline.config.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
     made |= facts | {
-        "sigma": request.sigma,
+        "sigma": result.sigma,
         "size": [*result.picture().size],
         "decoder": request.decoder,
         "decoder_sha256": provenance.weights_hash(request.decoder),

@@ -56,11 +56,11 @@ class Background:
 
     @property
     def state(self) -> str:
-        """As its job's, but "done" only once there is a file."""
-        state = self.job.progress.state
+        """As its job's, which ends only once there is a file, or a reason why not."""
         if self.error is not None:
             return "failed"
-        return "running" if state == "done" and self.response is None else state
+        state = self.job.progress.state
+        return "running" if state in ("done", "failed") and self.response is None else state
 
     def status(self) -> dict[str, Any]:
         progress = self.job.progress

@@ -3,13 +3,13 @@
 The defaults are the paper's settings; the recipes below name what else differs.
 """
 
+import functools
 import importlib.util
 import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -281,7 +281,7 @@ def nano_student() -> Student:
 
 
 RECIPES: dict[str, dict[str, Callable[[], Run]]] = {
-    "prior": {"paper": partial(Prior, repa_weight=0.5)},  # else all defaults are the paper's
+    "prior": {"paper": functools.partial(Prior, repa_weight=0.5)},  # else all defaults are the paper's
     "teacher": {"paper": Teacher, "nano": nano_teacher},
     "student": {"paper": Student, "nano": nano_student},
 }
@@ -331,11 +331,10 @@ def _check_bounds(config: Any, prefix: str = "") -> None:
 
 
 def read_yaml(path: Path, default: Run) -> Run:
-    """`default` with what the file sets. A file runs no command: that is the command line's.
+    """`default` with what the file sets.
 
     Raises:
-        ValueError: no such file, a key that does not exist, a value of another type, or a command to run; the message
-            names it.
+        ValueError: no such file, a key that does not exist, or a value of another type; the message names it.
     """
     require("training", "train", "pydantic", "yaml")
     from pydantic import ValidationError
@@ -346,13 +345,26 @@ def read_yaml(path: Path, default: Run) -> Run:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ValueError(f"{path}: {'; '.join(lines[:3])}{more}") from None
-    # Braces may hide a scheme: a shard's must be there in plain sight.
-    source = config.data.source
-    if ":" in source and ".tar" in source and not re.match(r"(?!pipe:)[a-z0-9]+://", source, re.IGNORECASE):
-        raise ValueError(
-            f"{path}: data.source {_short(source)}: a command is run for --data.source alone, not for a file"
-        )
     return config
+
+
+def refuse_code(config: Run, file: Path, typed: list[str]) -> None:
+    """Files are passed on, and run nothing: commands and modules are named on the command line.
+
+    Args:
+        config: with what a file set.
+        typed: the words of the command line.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    encoder, source = getattr(config, "encoder", ""), config.data.source
+    # Braces may hide a scheme: a shard's must be there in plain sight.
+    is_command = ":" in source and ".tar" in source and not re.match(r"(?!pipe:)[a-z0-9]+://", source, re.IGNORECASE)
+    is_module = ":" in encoder and not Path(encoder).exists()
+    for option, value, runs in ("data.source", source, is_command), ("encoder", encoder, is_module):
+        if runs and not any(word.split("=")[0] == f"--{option}" for word in typed):
+            raise ValueError(f"{file}: {option} {_short(value)}: code is run for --{option} alone, not for a file")
 
 
 def load_yaml(path: Path) -> dict:
@@ -370,7 +382,7 @@ def load_yaml(path: Path) -> dict:
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 what = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"more than {DEEPEST} levels"
                 raise ValueError(f"{path}: expected settings without aliases, in a few levels, got {what}")
-        found = yaml.safe_load(text) or {}
+        found = yaml.load(text, _loader()) or {}
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -378,6 +390,27 @@ def load_yaml(path: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(found).__name__}")
     return found
+
+
+@functools.cache
+def _loader() -> type:
+    """PyYAML's safe one without YAML 1.1's numbers to the base of 60: 1:30:00 is no 5,400."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INTEGER, _FLOAT)]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"), "-+0123456789")
+    number = r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$"
+    words = r"[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver(_FLOAT, re.compile(f"{number}|{words}"), "-+0123456789.")
+    return Loader
+
+
+_INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 def changes(old: dict, new: dict) -> dict[str, str]:
