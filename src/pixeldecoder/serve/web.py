@@ -236,7 +236,7 @@ class Running:
             picture = result.picture()
             name = "image" if command == "generate" else Path(source).name
             data = b"" if command == "generate" else Path(source).read_bytes()
-            facts = {"description": request.prompt} if command == "generate" else {}
+            facts = self._latent_facts(request) if command == "generate" else {}
             made = how_made(self.engine, request, result, command, name, data, **facts)
             path = folder / f"{Path(name).stem}_{picture.width}x{picture.height}.png"
             path.write_bytes(picture_bytes(picture, "png", made))
@@ -294,6 +294,14 @@ class Running:
         bundled = gr.update(value=str(target), interactive=bool(done))
         yield (key, label, None, bundled, None, gr.update(interactive=False))
         shutil.rmtree(target.parent)  # gradio has made a copy
+
+    def _latent_facts(self, request: Request) -> dict[str, Any]:
+        """What a picture says of the latent model's run."""
+        facts = {
+            "description": request.prompt, "model": self.engine.latent_model.config.get("_name_or_path"),
+            "height": request.height, "width": request.width, "latent_steps": request.latent_steps,
+        }  # fmt: skip
+        return {name: value for name, value in facts.items() if value}
 
     def _submit(self, request: Request) -> Job:
         """As soon as there is room: a batch leaves half of the queue to others."""
