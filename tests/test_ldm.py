@@ -30,12 +30,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import logging
+from more_families import OTHERS, build_other
 from PIL import Image
 
 from conftest import Golden
 from families import FAMILIES, SIZE, build, kl, save_gemma, sdxl, z_image
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.autoencoders import encode
+from pixeldecoder.autoencoders import decode, encode
 from pixeldecoder.latents import SPACES, find_latent_space, normalise, unpack
 from pixeldecoder.ldm import (
     decoder_seed,
@@ -662,3 +663,70 @@ def test_packing_of_pipelines_that_share_a_space(name):
     packed = getattr(diffusers, name)._pack_latents(z, 2, 16, 4, 8, *patch)
     assert packed.shape == (2, 8, 64)
     assert torch.equal(unpack(packed, SPACES["flux"], **SIZE), z)
+
+
+# The rest of diffusers' pipelines
+
+FAST = ("Anima", "Bria FIBO 2", "Flux inpainting", "Krea 2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
+def test_every_other_pipeline(name):
+    """Stopped after a step, and at the end, where its own image is what its autoencoder makes of our latents."""
+    if name == "OmniGen":
+        pytest.importorskip("torchvision")
+    pipe, kwargs, space = build_other(name)
+    kwargs |= {"num_inference_steps": 3}
+    calls = []
+    denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+    hook = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def denoised(stop, **more):
+        torch.manual_seed(0)  # some encode the picture that they are given by it
+        return partly_denoise(pipe, stop, **kwargs, generator=seeded(), **more)
+
+    first = denoised(1)
+    few = len(calls)
+    calls.clear()
+    again = denoised(1, finish=True, output_type="pt")
+    assert 0 < few < len(calls)
+    hook.remove()
+    torch.testing.assert_close(first.latents, again.latents)
+    end = denoised(None)
+    assert first.space.name == space and (first.step, end.step) == (1, end.steps)
+    assert 0.05 < first.sigma < 1 and end.sigma < 0.06 and (first.latents - end.latents).abs().max() > 1e-3
+    vae, z = pipe.vae, end.latents
+    if name == "SD3 inpainting":  # diffusers leaves the shift out when it decodes
+        image = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
+    elif space == "qwenimage":  # Wan's autoencoder, too
+        mean, std = (torch.tensor(x)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+        image = vae.decode((z * std + mean)[:, :, None]).sample[:, :, 0].clamp(-1, 1)
+    else:
+        image = decode(vae, z)
+    own = torch.as_tensor(np.asarray(again.images)).reshape(image.shape)
+    torch.testing.assert_close(image / 2 + 0.5, own, atol=2e-3, rtol=0)
+
+
+VIDEO = [
+    "AllegroPipeline", "AnimateDiffPipeline", "CogVideoXPipeline", "HeliosPipeline", "HunyuanVideoPipeline",
+    "HunyuanVideo15Pipeline", "I2VGenXLPipeline", "Kandinsky5T2VPipeline", "LTX2Pipeline", "LTXPipeline",
+    "LattePipeline", "MochiPipeline", "MotifVideoPipeline", "SanaVideoPipeline", "SkyReelsV2Pipeline",
+    "StableVideoDiffusionPipeline", "WanAnimatePipeline", "WanImageToVideoPipeline", "WanVACEPipeline",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_video_is_refused(name):
+    """By the class, before anything of it is looked at."""
+    pipe = object.__new__(getattr(diffusers, name))
+    with pytest.raises(
+        ValueError, match=f"{name} makes video: expected a pipeline of images. Frames would need a decoder"
+    ):
+        pipeline_latent_space(pipe)
+
+
+def test_no_pipeline_of_images_is_refused_as_video():
+    for name in [build_other(name)[0] for name in FAST] + [build(name)[0] for name in FAMILIES]:
+        pipeline_latent_space(name)

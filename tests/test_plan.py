@@ -124,7 +124,7 @@ def test_memory_is_saved_by_chunks_first_then_by_tiles():
     model, device = released(), torch.device("cuda")  # nothing is allocated there
     plans = [
         plan(model, 2048, 2048, limits=Limits(max_memory=memory), text_tokens=300, device=device, trained_size=2048)
-        for memory in ("20GB", "4.1GB", "3.6GB")
+        for memory in ("20GB", "4.2GB", "3.8GB")
     ]
     assert [p.tiles.count for p in plans[:2]] == [1, 1] and plans[2].tiles.count > 1
     assert plans[0].chunk_size > plans[1].chunk_size
@@ -154,8 +154,8 @@ def test_beyond_the_trained_range():
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_NANO], ids=["text", "nano"])
-@torch.no_grad()
 def test_flops(config):
+    """As a gradient is recorded, since the counter does not know oneDNN's products."""
     model = tiny_model(**config)
     text = None if config["text_embed_dim"] is None else torch.randn(1, 7, 20)
     features = model.encode_latents(torch.randn(1, 16, 8, 6), 256, 192)
@@ -206,18 +206,18 @@ def test_chunks_and_overlap_by_default():
 @pytest.mark.parametrize(
     ("config", "chunk_size", "kwargs", "expected"),
     [
-        # Pixels: 2 x 32 x 32 of tokens, 2 x 32 x 2048 and 12 x 16 x 2048 of pixels, 4 x 32 x 24 of attention.
-        (TINY, 8, {}, 4 * (2 * 32 * 32 + 1.1 * (3 * 3 * 8192 + 2048 + 131072 + 393216 + 3072))),
-        # Patches, tokens of 512: 2 and once attended, with text three times, twice joined, and 12 x 2 x 512 of a chunk.
+        # Pixels: 2 x 32 x 32 of tokens, 32 x 2048 and 12 x 16 x 2048 of pixels, 4 x 32 x 24 of attention.
+        (TINY, 8, {}, 4 * (2 * 32 * 64 + 1.1 * (3 * 3 * 8192 + 2048 + 65536 + 393216 + 3072))),
+        # Patches, tokens of 512, with text: they, what is attended to, three times joined, and 12 x 4 x 512 of a chunk.
         (TINY | dict(num_attention_heads=32, pixel_dim=4), 1, {},
-         4 * (2 * 32 * 512 + 1.1 * (3 * 3 * 8192 + 2 * 16384 + 6 * (16384 + 5120) + 16384 + 5120 + 12288))),
+         4 * (2 * 32 * 1024 + 1.1 * (3 * 3 * 8192 + 5 * (16384 + 5120) + 24576))),
         # The same in tiles of 32 x 32: the canvas once more, features of 8 patches, 3 x 3 x 2 x 1024 of a tile.
-        (TINY | dict(num_attention_heads=32, pixel_dim=4), 1, dict(tile_size=32, tile_overlap=16),
-         4 * (2 * (32 + 8) * 512
-              + 1.1 * (2 * 3 * 8192 + 2 * 3 * 2048 + 2 * 4096 + 6 * (4096 + 5120) + 4096 + 5120 + 12288))),
+        (TINY | dict(num_attention_heads=32, pixel_dim=4, per_channel_gate=False), 1,
+         dict(tile_size=32, tile_overlap=16),
+         4 * (2 * (32 + 8) * 513 + 1.1 * (2 * 3 * 8192 + 2 * 3 * 2048 + 5 * (4096 + 5120) + 24576))),
         # The adapter, 5 x 32 x 1280 of it at once, before anything else.
         (TINY | dict(adapter_dim=1280, num_adapter_layers=0, pixel_dim=4), 1, {},
-         4 * (2 * 32 * 32 + 1.1 * 5 * 32 * 1280)),
+         4 * (2 * 32 * 64 + 1.1 * 5 * 32 * 1280)),
     ],
     ids=["pixels", "patches", "tiles", "adapter"],
 )  # fmt: skip
@@ -290,9 +290,9 @@ def test_operations_of_text():
 
 
 def test_operations_of_gates():
-    """Two, from 2 x 32 channels: 32 values of a token, or one."""
+    """Two, from 32 channels: 32 values of a token, or one. What they make of the latents they make once an image."""
     wide, narrow = (count_flops(tiny_model(**TINY | dict(per_channel_gate=wide)), 12)[0] for wide in (True, False))
-    assert wide - narrow == 2 * 12 * 2 * 64 * 31
+    assert wide - narrow == 2 * 12 * 2 * 32 * 31
 
 
 def test_memory_of_accelerators(monkeypatch):

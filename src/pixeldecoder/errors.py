@@ -9,10 +9,12 @@ EXTRAS = {
     "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
     "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
     "lora": ("peft",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "quantize": ("bitsandbytes", "torchao"),
     "serve": ("fastapi", "fastapi_offline", "gradio", "prometheus_client", "python_multipart", "uvicorn"),
     "ray": ("ray",),
     "train": ("braceexpand", "matplotlib", "peft", "pydantic", "tensorboard", "webdataset", "yaml"),
+    "bulk": ("braceexpand", "fsspec", "pyarrow", "ray"),
 }
 """Modules of the optional dependencies in pyproject.toml."""
 OUT_OF_MEMORY = re.compile(

@@ -116,8 +116,9 @@ def unpack(
 
     Args:
         latents: (B, C, h, w); tokens (B, n, 4 C), of 2 x 2 cells each with channels (c, dy, dx); FLUX.2's tokens
-            (B, n, 128); one frame of a video autoencoder, (B, C, 1, h, w) or (B, 1, h, w, C); or what FLUX.2-klein
-            returns at the end: raw (B, 32, 2 h, 2 w), which are packed and normalised again.
+            (B, n, 128); one frame of a video autoencoder, (B, C, 1, h, w) or (B, 1, h, w, C), or the last of several
+            pictures (B, N, C, 1, h, w); or what FLUX.2-klein returns at the end: raw (B, 32, 2 h, 2 w), which are
+            packed and normalised again.
         height, width: of the pipeline's image in pixels, needed for tokens.
         autoencoder: FLUX.2's, needed for raw latents.
 
@@ -125,6 +126,8 @@ def unpack(
         ValueError: another shape, several frames, or a size that does not fit the tokens.
     """
     shape = tuple(latents.shape)
+    if latents.ndim == 6:  # JoyImage's: pictures that it was given, then the one in the making
+        latents = latents[:, -1]
     if latents.ndim == 5:
         if shape[1] != space.channels and shape[4] == space.channels:
             latents = latents.permute(0, 4, 1, 2, 3)

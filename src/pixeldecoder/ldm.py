@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
@@ -32,6 +33,14 @@ _REFUSED = {
     "Cosmos": "its latents are noised in a frame of their own",
     "QwenImageLayered": "it makes several layers at once",
 }
+_VIDEO = (
+    "Allegro", "AnimateDiff", "AnyFlow", "ChronoEdit", "CogVideoX", "ConsisID", "EasyAnimate", "Helios", "Hunyuan15",
+    "HunyuanSkyreels", "HunyuanVideo", "I2VGenXL", "Kandinsky5I2V", "Kandinsky5T2V", "Kandinsky6", "LTX", "Latte",
+    "LucyEdit", "Mochi", "MotifVideo", "PIA", "SanaImageToVideo", "SanaVideo", "SanaWM", "SkyReels",
+    "StableVideoDiffusion", "TextToVideo", "VideoToVideo", "WanAnimate", "WanImageToVideo", "WanVACE",
+    "WanVideoToVideo",
+)  # fmt: skip
+"""Beginnings of the names of pipelines that make video."""
 
 
 @dataclass
@@ -135,10 +144,36 @@ def partly_denoise(
     step = scheduler.step
     order, calls, due, whole = scheduler.order, 0, 0, 0
     taken: PartlyDenoised | None = None
+    pending: tuple[float, float] | None = None
+    # What lies outside a mask is put back after the scheduler's step: only a callback sees the latents then.
+    late, told = "Inpaint" in name and "callback_on_step_end" in parameters, kwargs.get("callback_on_step_end")
+
+    def as_taken(latents: torch.Tensor, signal: float, total: float) -> torch.Tensor:
+        if name.startswith("BriaFibo2"):  # whose latents are normalised, and not packed
+            latents = F.pixel_unshuffle(latents, 2)
+        latents = unpack(latents.detach(), space, height, width, getattr(pipe, "vae", None)).float()
+        if name.startswith("Kandinsky5"):  # whose latents are scaled, but not shifted
+            latents = latents - signal * pipe.vae.config.scaling_factor * (pipe.vae.config.shift_factor or 0)
+        return latents / total
+
+    def look_late(pipe, index, timestep, tensors):
+        nonlocal pending
+        if pending is not None and taken is not None:
+            taken.latents, pending = as_taken(tensors["latents"], *pending), None
+            if not finish:
+                raise _StopRun
+        return told(pipe, index, timestep, tensors) if told is not None else {}
+
+    if late:
+        names = kwargs.get("callback_on_step_end_tensor_inputs") or ["latents"]
+        kwargs |= {
+            "callback_on_step_end": look_late,
+            "callback_on_step_end_tensor_inputs": list(dict.fromkeys(["latents", *names])),
+        }
 
     @functools.wraps(step)
     def step_and_look(model_output, timestep, *args, **step_kwargs):
-        nonlocal calls, due, whole, taken
+        nonlocal calls, due, whole, taken, pending
         result = step(model_output, timestep, *args, **step_kwargs)
         calls += 1
         index = _steps_made(scheduler, timestep)
@@ -159,20 +194,23 @@ def partly_denoise(
                 "sigma": made if noise / total <= value else steps,
             }[kind]
             if made >= last:
-                latents = unpack(result[0].detach(), space, height, width, getattr(pipe, "vae", None))
-                taken = PartlyDenoised(latents.float() / total, noise / total, made, steps, space)
-                if not finish:
+                latents = as_taken(result[0], signal, total)
+                taken = PartlyDenoised(latents, noise / total, made, steps, space)
+                pending = (signal, total) if late else None
+                if not finish and not late:
                     raise _StopRun
         return result
 
     scheduler.step = step_and_look
     try:
-        images = pipe(**kwargs)[0]
+        result = pipe(**kwargs)
+        images = result.get("images") if isinstance(pipe, ModularPipeline) else result[0]
     except _StopRun:
         images = None
     finally:
         del scheduler.step
-    pipe.maybe_free_model_hooks()
+    if not isinstance(pipe, ModularPipeline):
+        pipe.maybe_free_model_hooks()
     if taken is None:
         raise ValueError(
             f"{name} made {-(-calls // order)} steps and did not come to stop_at={stop_at!r}: it cannot be stopped"
@@ -371,6 +409,11 @@ def pipeline_latent_space(pipe: DiffusionPipeline, name: str | None = None) -> L
     if name is None:
         if why := next((why for start, why in _REFUSED.items() if kind.startswith(start)), None):
             raise ValueError(f"no known decoder fits {kind}: {why}")
+        if kind.startswith(_VIDEO):
+            raise ValueError(
+                f"{kind} makes video: expected a pipeline of images. Frames would need a decoder trained on latents of "
+                "its autoencoder, and noise and tiles that are one for all frames of a scene"
+            )
         if getattr(pipe, "vae", None) is None or not hasattr(pipe, "scheduler"):
             raise ValueError(f"{kind} has no autoencoder (vae) and scheduler: expected a latent diffusion pipeline")
     return find_latent_space(getattr(pipe, "vae", None), name)
@@ -400,6 +443,8 @@ def signal_and_noise(scheduler: SchedulerMixin, index: int) -> tuple[float, floa
         between = index % 2 and hasattr(scheduler, "sigmas_interpol")
         sigma = float((scheduler.sigmas_interpol if between else scheduler.sigmas)[index])
         config = scheduler.config
+        if config.get("invert_sigmas"):  # OmniGen's count the image, not the noise
+            sigma = 1 - sigma
         if (
             type(scheduler).__name__.startswith("FlowMatch")
             or config.get("use_flow_sigmas")

@@ -304,18 +304,20 @@ def peak_memory(
     features = adapter = 0
     if model.adapter is not None:
         injections = len(model.adapter.heads) + config.inject_pixels
-        features = injections * whole * dim * item
+        kept = dim + (dim if config.per_channel_gate else 1)  # and what the gates make of them
+        features = injections * whole * kept * item
         adapter = 5 * whole * config.adapter_dim * item
         if tiles.count > 1:
-            features += injections * tile * dim * item
+            features += injections * tile * kept * item
     summed = 4 if model.dtype == torch.float16 else item  # what blocks add to, which float16 does not hold
     tokens = tile * dim * summed
     text = batch * text_tokens * dim * item
-    joint = 3 * (tokens + text) * (2 if text else 1)  # queries, keys and values, and once more to join text and image
-    patch_chunk = chunk * 12 * dim * item  # the MLP: three tensors of 8/3 of the width, and four of one width
-    patch_phase = 2 * tokens + joint + tokens + text + patch_chunk
+    joint = 3 * (tile * dim * item + text)  # queries, keys and values
+    patches = min(tile, chunk * max(1, pixel_values // dim))
+    patch_chunk = patches * 12 * dim * item  # the MLP: three tensors of 8/3 of the width, and four of one width
+    patch_phase = 2 * tokens + joint + 2 * text + patch_chunk
     pixel_chunk = chunk * 12 * pixel_values * summed
-    pixel_phase = 2 * tokens + 2 * tile * pixel_values * summed + 4 * tile * pixel_attn * item + pixel_chunk
+    pixel_phase = 2 * tokens + tile * pixel_values * summed + 4 * tile * pixel_attn * item + pixel_chunk
     tile_canvas = 12 * tile * config.patch_size**2
     network = (2 if tiles.count > 1 else 1) * canvas + 2 * tile_canvas + max(patch_phase, pixel_phase)
     if offload or _is_group_offload_enabled(model):
@@ -341,10 +343,12 @@ def count_flops(model: PixelDecoderTransformer2DModel, tokens: int, text_tokens:
         weights += text_tokens * (config.text_embed_dim * dim + layers * stream - (stream - 3 * dim * dim))
     if model.adapter is not None:
         gates = len(model.adapter.heads) + config.inject_pixels
-        weights += tokens * gates * 2 * dim * (dim if config.per_channel_gate else 1)
+        weights += tokens * gates * dim * (dim if config.per_channel_gate else 1)  # of the latents' half once an image
     pixel_block = dim * 6 * d * pixels + 2 * pixels * d * attn + 4 * attn * attn + pixels * 8 * d * d
     weights += tokens * (config.num_pixel_layers * pixel_block + 6 * d * pixels)
-    attended = layers * (tokens + text_tokens) ** 2 * dim + config.num_pixel_layers * tokens**2 * attn
+    joint = tokens + text_tokens
+    attended = ((layers - 1) * joint + tokens) * joint * dim  # the text asks no more in the last block
+    attended += config.num_pixel_layers * tokens**2 * attn
     return 2.0 * weights, 4.0 * attended
 
 

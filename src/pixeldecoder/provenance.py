@@ -8,6 +8,8 @@ from pixeldecoder.presets import HUB_REPOSITORY, NANO, PRESETS
 
 LENGTH = 16
 """Hexadecimal digits that are kept: enough to tell files apart, short enough to be read."""
+WEIGHTS = (".safetensors", ".onnx", ".data")
+"""Suffixes of files that hold weights; ".data": an ONNX graph's that are too large for it."""
 
 
 def file_hash(path: Path) -> str:
@@ -16,15 +18,15 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(decoder: str) -> str | None:
-    """Of the weights of a decoder, by its name: its checkpoint's, or of all .safetensors files of its folder together;
-    `None` where they are not on this machine."""
+    """Of the weights of a decoder, by its name: its checkpoint's, or of all of its folder's together; `None` where they
+    are not on this machine."""
     path = _weights(decoder)
     if path is None:
         return None
     if path.is_file():
         return file_hash(path)
     whole = hashlib.sha256()
-    for file in sorted(path.rglob("*.safetensors")):
+    for file in sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS):
         whole.update(file.relative_to(path).as_posix().encode())
         whole.update(_hash(file, file.stat().st_mtime_ns, file.stat().st_size).digest())
     return whole.hexdigest()[:LENGTH]

@@ -148,4 +148,6 @@ def crop_features(
         injections=tuple(patches(tokens) for tokens in features.injections),
         pixel=None if features.pixel is None else patches(features.pixel),
         aux_rgb=aux,
+        gates=tuple(None if gate is None else patches(gate) for gate in features.gates),
+        pixel_gate=None if features.pixel_gate is None else patches(features.pixel_gate),
     )

@@ -1,7 +1,9 @@
 """Runs: overfitting, resumption, checkpoints, export, LoRA, bad input."""
 
+import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -99,6 +101,8 @@ def command(config, tmp_path) -> tuple[list[str], dict]:
     write_yaml(config, tmp_path / "run.yaml")
     stage = ["distill"] if type(config).__name__ == "Student" else ["train", type(config).__name__.lower()]
     arguments = [sys.executable, "-m", "pixeldecoder", *stage, "--config", str(tmp_path / "run.yaml")]
+    if getattr(config, "encoder", ""):  # code, which no file names
+        arguments += ["--encoder", config.encoder]
     # As many threads as here, so that sums come out the same to the bit.
     threads = str(torch.get_num_threads())
     return arguments, os.environ | {"OMP_NUM_THREADS": threads}
@@ -359,7 +363,36 @@ def _overwritten(checkpoint: Path) -> None:
         path.write_bytes(bytes(path.stat().st_size))
 
 
+class Touches:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def _with_code(checkpoint: Path) -> None:
+    metadata = checkpoint / ".metadata"
+    metadata.write_bytes(pickle.dumps((Touches(checkpoint.parents[1] / "ran"), pickle.loads(metadata.read_bytes()))))
+
+
+def _with_code_for_a_number(checkpoint: Path) -> None:
+    """A learning rate's place holds it."""
+    path, payload = checkpoint / ".metadata", io.BytesIO()
+    metadata = pickle.loads(path.read_bytes())
+    torch.save(Touches(checkpoint.parents[1] / "ran"), payload)
+    place = next(info for index, info in metadata.storage_data.items() if index.fqn.endswith("lr"))
+    with (checkpoint / place.relative_path).open("ab") as file:
+        place.offset, place.length = file.tell(), len(payload.getvalue())
+        file.write(payload.getvalue())
+    path.write_bytes(pickle.dumps(metadata))
+
+
 DAMAGE = {
+    _with_code: "which no checkpoint needs: it may be an attack",
+    _with_code_for_a_number: "cannot be read",
     _emptied: "progress.json: damaged",
     _without_progress: "progress.json: damaged (No such file or directory)",
     _of_an_earlier_version: "progress.json does not tell stage, samples",
@@ -375,6 +408,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(teacher, tmp_path, dam
     kept = train(replace(config, steps=4))
     (told,) = [line for line in caplog.messages if "going on from" in line]
     assert "step_00000003" in told and DAMAGE[damage] in told and told.endswith("going on from step_00000002")
+    assert not (config.output / "ran").exists()
     # Nothing is lost but the time: the steps come again, and are the same.
     resumed, whole = weights(kept), weights(train(replace(config, steps=4, output=tmp_path / "whole")))
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
@@ -389,6 +423,7 @@ def test_a_damaged_checkpoint_without_another(teacher, damage):
     with pytest.raises(TrainingError, match="no older checkpoint to go on from: give another output folder") as error:
         train(teacher)
     assert DAMAGE[damage] in str(error.value) and "\n" not in str(error.value)
+    assert not (teacher.output / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["output", "export"])
@@ -740,7 +775,8 @@ def test_bad_yaml(tmp_path, capsys, text, message):
 
 def test_command_line_overrides_the_file(teacher, tmp_path, capsys):
     write_yaml(teacher, tmp_path / "run.yaml")
-    assert main(["train", "teacher", "--config", str(tmp_path / "run.yaml"), "--steps", "1"]) == 0
+    words = ["train", "teacher", "--config", str(tmp_path / "run.yaml"), "--encoder", teacher.encoder]
+    assert main([*words, "--steps", "1"]) == 0
     assert capsys.readouterr().out.strip().endswith("step_00000001")
     assert main(["train", "teacher", "--stepz", "1"]) == 2
     assert main(["train", "teacher", "--recipe", "huge"]) == 2

@@ -188,7 +188,7 @@ def test_a_file_runs_no_command(tmp_path, monkeypatch, capsys, source):
     (tmp_path / "run.yaml").write_text(f"data: {{source: '{source}'}}")
     assert main(["train", "teacher", "--recipe", "nano", "--config", "run.yaml"]) == 2
     line = capsys.readouterr().err
-    assert "a command is run for --data.source alone, not for a file" in line and line.count("\n") == 1
+    assert "code is run for --data.source alone, not for a file" in line and line.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 

@@ -40,6 +40,9 @@ class Benchmark:
     """As in `decode`."""
     startup: bool = False
     """Instead, the CPU time until the command itself answers: --help, --version, a plan, an error."""
+    count: bool = False
+    """Instead, for any machine: the operations of one step and the bytes that it passes through memory, by part, in
+    bfloat16, and what they would take by the data sheets of GPUs. Nothing is computed."""
     output: Path = Path("outputs/benchmark")
     """Folder of benchmark.json and benchmark.png."""
     overwrite: bool = False
@@ -55,6 +58,13 @@ class Benchmark:
         files.check_writable(self.output / "benchmark.json")
         if not self.startup:
             files.check_new(self.output / "benchmark.json", self.overwrite)
+
+        if self.count:
+            from pixeldecoder.counting import table
+
+            for size in self.sizes:
+                print("\n".join(table(self.decoder, size, self.steps)))
+            return
 
         from pixeldecoder.benchmark import benchmark, plot, startup
         from pixeldecoder.execution import torch_device

@@ -1,13 +1,18 @@
-"""A checkpoint in, the other format out: `convert`."""
+"""A checkpoint in, the other format out: `convert`; a decoder in, graphs for other runtimes out: `export`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from pixeldecoder.cli.options import (
     Output,
     Source,
+    word,
 )
-from pixeldecoder.errors import blaming
+from pixeldecoder.errors import blaming, require
+from pixeldecoder.presets import check_decoder_name
 
 
 @dataclass(kw_only=True)
@@ -67,3 +72,36 @@ class Convert:
                 pipeline = PixelDecoderPipeline.from_single_file(self.source, self.preset, **overrides)
             write_folder(self.output, pipeline.save_pretrained)
         print(self.output)
+
+
+@dataclass(kw_only=True)
+class Export:
+    """A decoder to graphs that run without PyTorch's Python: ONNX, or torch.export's archives.
+
+    Example: pixeldecoder export nano nano-onnx
+    """
+
+    decoder: Annotated[str, tyro.conf.Positional, word("DECODER")]
+    """"nano" (bundled), a diffusers folder, a checkpoint file, a Hub id or a released name."""
+    folder: Annotated[Path, tyro.conf.Positional, word("FOLDER")]
+    """A new one."""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """"onnx", which `decode --backend onnx` runs, and browsers; "pt2", for torch.export.load."""
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Of the weights; int8, ONNX's alone, is refused where it would keep less than 40 dB."""
+
+    def run(self) -> None:
+        from pixeldecoder.files import check_writable
+
+        check_decoder_name(self.decoder)
+        if self.folder.exists():
+            raise ValueError(f"{self.folder} exists: give a new folder")
+        check_writable(self.folder)
+        if self.format == "onnx":
+            require("--format onnx", "onnx", "onnx", "onnxruntime", "onnxscript")
+
+        from pixeldecoder.execution import Execution
+        from pixeldecoder.export import export
+
+        export(Execution("cpu", "float32").load(self.decoder), self.folder, self.format, self.dtype)
+        print(self.folder)

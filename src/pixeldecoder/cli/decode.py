@@ -1,11 +1,11 @@
 """Latents or pictures in, large pictures out, and pictures to latents: `decode`, `upscale`, `encode`."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pixeldecoder.cli.options import (
     Device,
@@ -43,6 +43,52 @@ class Decode(FilesToImages):
     --save-latents` writes it), or 0: finished."""
     latent_space: str | None = None
     """Of ComfyUI's latents, by name (flux, flux2, sd3, sdxl, qwenimage); by default the decoder's."""
+    backend: Literal["torch", "onnx"] = "torch"
+    """What computes: PyTorch; or onnxruntime, with the graphs of a folder that `export` wrote, given as --decoder."""
+
+    def check(self) -> None:
+        from pixeldecoder.portable import read_manifest
+
+        super().check()
+        if self.backend == "torch":
+            return
+        for option in ("quantize", "attention", "compile", "lora"):
+            if getattr(self, option) != getattr(type(self), option):
+                raise ValueError(f"--{option} is PyTorch's: leave it out with --backend onnx")
+        precision = read_manifest(self.decoder)["precision"]
+        if self.dtype not in ("auto", precision.replace("int8", "float32")):
+            raise ValueError(f"--dtype {self.dtype}: {self.decoder} holds graphs in {precision}: export others")
+
+    def load(self, place: bool = True, loras: Sequence[str] = ()) -> "PixelDecoderPipeline":
+        if self.backend == "torch":
+            return super().load(place, loras)
+        from pixeldecoder.errors import require
+
+        require("--backend onnx", "onnx", "onnxruntime")
+
+        from pixeldecoder.export import onnx_pipeline
+
+        pipeline = onnx_pipeline(Path(self.decoder), self.device)
+        pipeline.set_progress_bar_config(desc="steps", leave=False)
+        if self.steps is not None:
+            with naming(f"--steps {self.steps}"):
+                pipeline.check_steps(self.steps)
+        return pipeline
+
+    def placed(self) -> tuple[str, str]:
+        if self.backend == "torch":
+            return super().placed()
+        from pixeldecoder.export import PROVIDERS, providers
+        from pixeldecoder.portable import read_manifest
+
+        device = {name: device for device, name in PROVIDERS.items()}.get(providers(self.device)[0], "auto")
+        return device, read_manifest(self.decoder)["precision"].replace("int8", "float32")
+
+    def call_kwargs(self) -> dict[str, Any]:
+        kwargs = super().call_kwargs()
+        if self.backend == "onnx":  # whose graphs work on all patches of a tile at once
+            kwargs["chunk_size"] = 2**20
+        return kwargs
 
     def run(self) -> None:
         from tqdm import tqdm

@@ -11,7 +11,8 @@ import tyro
 
 from pixeldecoder import __version__
 from pixeldecoder.cli.benchmark import Benchmark
-from pixeldecoder.cli.convert import Convert
+from pixeldecoder.cli.bulk import Bulk
+from pixeldecoder.cli.convert import Convert, Export
 from pixeldecoder.cli.decode import Decode, Encode, Upscale
 from pixeldecoder.cli.demo import Demo
 from pixeldecoder.cli.evaluate import Compare, Evaluate, Judge
@@ -32,12 +33,14 @@ COMMANDS: dict[str, type] = {
     "info": Info,
     "redo": Redo,
     "convert": Convert,
+    "export": Export,
     "plan": Plan,
     "evaluate": Evaluate,
     "compare": Compare,
     "judge": Judge,
     "benchmark": Benchmark,
     "serve": Serve,
+    "bulk": Bulk,
     "train": Train,
     "distill": Distill,
 }

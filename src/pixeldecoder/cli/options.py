@@ -129,6 +129,13 @@ class Decoder(ExecutionOptions):
                 pipeline.check_steps(self.steps)
         return pipeline
 
+    def placed(self) -> tuple[str, str]:
+        """The device and the dtype that "auto" stands for here."""
+        from pixeldecoder.execution import torch_device, torch_dtype
+
+        device = torch_device(self.device)
+        return device, str(torch_dtype(self.dtype, device)).removeprefix("torch.")
+
     def call_kwargs(self) -> dict[str, Any]:
         """For the pipeline's call."""
         return {"num_inference_steps": self.steps} | vars(self.limits())
@@ -169,14 +176,13 @@ class Pictures(Decoder):
             return None
         if self.recorded:
             return self.recorded | {"software": f"pixeldecoder {__version__}"}
-        from pixeldecoder.execution import torch_device, torch_dtype
 
         given = {
             field.name: [*value] if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
             for field in fields(self)
             if field.name not in OUTPUTS and (value := getattr(self, field.name)) != field.default
         }
-        layout, config, device = pipeline.layout, pipeline.config, torch_device(self.device)
+        layout, config, (device, dtype) = pipeline.layout, pipeline.config, self.placed()
         made: dict[str, Any] = {
             "software": f"pixeldecoder {__version__}",
             "command": type(self).__name__.lower(),
@@ -189,7 +195,7 @@ class Pictures(Decoder):
             "steps": self.steps or config.default_num_inference_steps,
             "guidance_scale": config.default_guidance_scale,
             "device": device,
-            "dtype": str(torch_dtype(self.dtype, device)).removeprefix("torch."),
+            "dtype": dtype,
             "tile": str(max(layout.tiles.height, layout.tiles.width)) if layout.tiled else "none",
             "chunk": layout.chunk_size,
         }

@@ -46,7 +46,7 @@ class Distill:
 
 def run_training(stage: str, args: list[str]) -> None:
     """`args` without the command and the stage."""
-    from pixeldecoder.training.config import RECIPES, check, read_yaml
+    from pixeldecoder.training.config import RECIPES, check, read_yaml, refuse_code
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default="paper")
@@ -62,6 +62,8 @@ def run_training(stage: str, args: list[str]) -> None:
     if found.config is not None:
         default = read_yaml(found.config, default)
     config = parse(type(default), rest, f"pixeldecoder {command}", default)
+    if found.config is not None:
+        refuse_code(config, found.config, rest)
     check(config)  # before the libraries, which take seconds
 
     from pixeldecoder.training.loop import train

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pixeldecoder.models.layers import Linear, overwrites
+
 
 class LatentFeatures(NamedTuple):
     """What the latents say, computed once per image: independent of time and of sigma."""
@@ -18,6 +20,10 @@ class LatentFeatures(NamedTuple):
     """For the pixel pathway (B, L, D), v1.5 only."""
     aux_rgb: torch.Tensor | None
     """The low-resolution image that the latents stand for, (B, 3, H/s, W/s) in [-1, 1], where it was asked for."""
+    gates: tuple[torch.Tensor | None, ...] = ()
+    """For each injection what its gate makes of it, (B, L, 1) or (B, L, D), where it can apart from the tokens."""
+    pixel_gate: torch.Tensor | None = None
+    """The same for the pixel pathway."""
 
 
 class SigmaAwareAdapter(nn.Module):
@@ -64,8 +70,8 @@ class SigmaAwareAdapter(nn.Module):
         self.convs = nn.Sequential(conv(channels * self.fold**2), nn.SiLU(), conv(adapter_dim))
         for _ in range(num_adapter_layers):
             self.convs.append(ResidualConvs(adapter_dim, conv))
-        self.heads = nn.ModuleList(nn.Linear(adapter_dim, dim) for _ in range(num_injections))
-        self.pixel_head = nn.Linear(adapter_dim, dim) if inject_pixels else None
+        self.heads = nn.ModuleList(Linear(adapter_dim, dim) for _ in range(num_injections))
+        self.pixel_head = Linear(adapter_dim, dim) if inject_pixels else None
         # The gates sit here because their weights belong to the adapter; the transformer applies them.
         gate_dim = dim if per_channel_gate else 1
         self.sigma_gates = nn.ModuleList(SigmaGate(dim, gate_dim) for _ in range(num_injections))
@@ -87,10 +93,14 @@ class SigmaAwareAdapter(nn.Module):
         for layer in self.convs:
             outputs.append(layer(outputs[-1]))
         tokens = outputs[-1].flatten(2).transpose(1, 2)
+        injections = tuple(head(tokens) for head in self.heads)
+        pixel = self.pixel_head(tokens) if self.pixel_head is not None else None
         return LatentFeatures(
-            injections=tuple(head(tokens) for head in self.heads),
-            pixel=self.pixel_head(tokens) if self.pixel_head is not None else None,
+            injections=injections,
+            pixel=pixel,
             aux_rgb=self.aux_rgb_head(outputs[self.aux_rgb_output]) if return_aux_rgb else None,
+            gates=tuple(gate(None, latents) for gate, latents in zip(self.sigma_gates, injections, strict=True)),
+            pixel_gate=self.pixel_sigma_gate(None, pixel) if self.pixel_sigma_gate is not None else None,
         )
 
 
@@ -106,18 +116,36 @@ class ResidualConvs(nn.Module):
 
 
 class SigmaGate(nn.Module):
-    """g (eq. 19), one value per token or D."""
+    """g (eq. 19), one value per token or D, by which the latent features are multiplied before they are added."""
 
     def __init__(self, dim: int, gate_dim: int):
         super().__init__()
-        self.proj = nn.Linear(2 * dim, gate_dim)
+        self.dim = dim
+        self.proj = Linear(2 * dim, gate_dim)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(5)))  # not a scalar, which FSDP2 refuses
 
-    def forward(self, hidden_states: torch.Tensor, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Tokens and latent features (B, L, D), sigma (B,) -> the gated features, to be added to the tokens."""
-        content = self.proj(torch.cat([hidden_states, latents], dim=-1))
-        noise = (self.log_alpha.float().exp() * sigma.float()).to(content.dtype)
-        return torch.sigmoid(content - noise[:, None, None]) * latents
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        latents: torch.Tensor,
+        sigma: torch.Tensor | None = None,
+        projected: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Tokens and latent features (B, L, D), sigma (B,) -> g.
+
+        Without tokens: what the layer makes of the latents alone, the same at every step, to be given as `projected`;
+        `None` where it cannot be split, as it has a LoRA or is brought to the device when called.
+        """
+        if hidden_states is None:
+            plain = type(self.proj) is Linear and "forward" not in vars(self.proj)
+            return F.linear(latents, self.proj.weight[:, self.dim :], self.proj.bias) if plain else None
+        if projected is None:
+            content = self.proj(torch.cat([hidden_states, latents], dim=-1))
+        else:
+            content = F.linear(hidden_states, self.proj.weight[:, : self.dim])
+            content = content.add_(projected) if overwrites(content) else content + projected
+        noise = (self.log_alpha.float().exp() * sigma.float()).to(content.dtype)[:, None, None]
+        return content.sub_(noise).sigmoid_() if overwrites(content) else torch.sigmoid(content - noise)
 
 
 class AuxRGBHead(nn.Module):
@@ -127,8 +155,8 @@ class AuxRGBHead(nn.Module):
         super().__init__()
         self.pixels = pixels
         self.norm = nn.LayerNorm(dim)
-        self.proj_in = nn.Linear(dim, dim)
-        self.proj_out = nn.Linear(dim, 3 * pixels**2)
+        self.proj_in = Linear(dim, dim)
+        self.proj_out = Linear(dim, 3 * pixels**2)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         x = self.proj_out(F.silu(self.proj_in(self.norm(features.movedim(1, -1)))))

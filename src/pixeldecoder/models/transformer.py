@@ -22,6 +22,7 @@ from pixeldecoder.models.adapter import LatentFeatures, SigmaAwareAdapter, Sigma
 from pixeldecoder.models.folder import FolderMixin
 from pixeldecoder.models.layers import (
     EPS,
+    Linear,
     PatchBlock,
     PixelBlock,
     RMSNorm,
@@ -30,6 +31,7 @@ from pixeldecoder.models.layers import (
     image_rotary,
     in_chunks,
     narrow,
+    overwrites,
     pixel_positions,
     text_rotary,
     wide,
@@ -127,7 +129,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         super().__init__()
         _check(self.config)
         dim = num_attention_heads * attention_head_dim
-        self.patch_embed = nn.Linear(3 * patch_size**2, dim)
+        self.patch_embed = Linear(3 * patch_size**2, dim)
         self.time_embed = TimestepEmbedding(TIME_WIDTH, dim)
         self.text_embed = None if text_embed_dim is None else TextEmbedding(text_embed_dim, dim, max_text_length)
         self.adapter = None
@@ -140,14 +142,14 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         self.patch_blocks = nn.ModuleList(
             PatchBlock(dim, num_attention_heads, text_embed_dim is not None) for _ in range(num_layers)
         )
-        self.pixel_embed = nn.Linear(3, pixel_dim)
+        self.pixel_embed = Linear(3, pixel_dim)
         pixel_attn_dim = num_pixel_attention_heads * pixel_attention_head_dim
         self.pixel_blocks = nn.ModuleList(
             PixelBlock(dim, pixel_dim, pixel_attn_dim, num_pixel_attention_heads, patch_size)
             for _ in range(num_pixel_layers)
         )
         self.norm_out = RMSNorm(pixel_dim, eps=EPS)
-        self.proj_out = nn.Linear(pixel_dim, 3)
+        self.proj_out = Linear(pixel_dim, 3)
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -226,8 +228,9 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             return_features: patch blocks (from 0) whose image tokens are wanted.
             features_only: stop after the last of these blocks, without a velocity.
             return_aux_rgb: also return the adapter's auxiliary low-resolution image.
-            chunk_size: patches on which everything but attention works at a time; by default all. Fewer take less
-                memory, and on a CPU less time; the numbers stay the same to rounding.
+            chunk_size: patches on which everything but attention works at a time, in the pixel blocks; in the patch
+                blocks as many more as their tensors are narrower. By default all. Fewer take less memory, and on a CPU
+                less time; the numbers stay the same to rounding.
             image_rotary_emb: `image_rotary(H, W)`, made once for all steps of a size; by default made here.
             attention_kwargs: `{"scale": x}` multiplies the strength of LoRA layers by x during this call.
 
@@ -262,28 +265,38 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         # Patches h (B, L, D) meet the text in attention (eq. 12); latents come in through their gates (eq. 14).
         h = self.patch_embed(F.unfold(image, patch, stride=patch).transpose(1, 2))
         features = {}
+        # Their tensors are narrower than those of a patch's pixels: so many more at a time.
+        patch_chunk = (
+            None if chunk_size is None else chunk_size * max(1, patch**2 * self.config.pixel_dim // h.shape[2])
+        )
         last = max(return_features) if features_only and return_features else len(self.patch_blocks) - 1
         for i, block in enumerate(self.patch_blocks[: last + 1]):
             if latent_features is not None and i % self.config.injection_interval == 0:
                 injection = i // self.config.injection_interval
-                gate, injected = self.adapter.sigma_gates[injection], latent_features.injections[injection]
-                h = wide(h) + gate(narrow(h, dtype), injected, sigma)
-            h, text = self._run(block, h, text, condition, rotary, text_rope, i == last, chunk_size)
+                injected, gates = latent_features.injections[injection], latent_features.gates
+                gate = self.adapter.sigma_gates[injection](
+                    narrow(h, dtype), injected, sigma, gates[injection] if gates else None
+                )
+                h = wide(h)
+                h = torch.addcmul(h, gate, injected, out=h if overwrites(h) else None)
+            h, text = self._run(block, h, text, condition, rotary, text_rope, i == last, patch_chunk)
             if return_features is not None and i in return_features:
-                features[i] = h.transpose(1, 2).unflatten(2, grid)
+                kept = h.clone() if overwrites(h) else h  # the next block writes over it
+                features[i] = kept.transpose(1, 2).unflatten(2, grid)
         wanted = None if return_features is None else tuple(features[i] for i in return_features)
         if features_only:
             result = PixelDecoderOutput(sample=None, features=wanted)  # type: ignore[arg-type]
             return result if return_dict else result.to_tuple()
 
         # Pixels (B, L, P^2, d): s (B, L, D) conditions those of each patch (eq. 15, 17).
-        s = F.silu(time + narrow(h, dtype))
+        s = F.silu(time + narrow(h, dtype), inplace=overwrites(h))
         if latent_features is not None and latent_features.pixel is not None:
-            s = s + self.adapter.pixel_sigma_gate(s, latent_features.pixel, sigma)
+            gate = self.adapter.pixel_sigma_gate(s, latent_features.pixel, sigma, latent_features.pixel_gate)
+            s = torch.addcmul(s, gate, latent_features.pixel)
         pixels = self._pixels(image)
         for block in self.pixel_blocks:
             pixels = self._run(block, pixels, s, pixel_rotary, chunk_size)
-        output = in_chunks(chunk_size, lambda x: self.proj_out(self.norm_out(x)), pixels)
+        output = in_chunks(chunk_size, lambda x, out: self.proj_out(self.norm_out(x)), pixels)
         output = self._image(output, grid, patch).to(hidden_states.dtype)
 
         # The velocity, or a clean image and the velocity that it stands for (eq. 3).
@@ -363,7 +376,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         if features_only and not return_features:
             raise ValueError("features_only=True: expected return_features, the blocks whose features are wanted")
         count = height // patch * (width // patch)
-        if image_rotary_emb is not None and (given := image_rotary_emb[0][0].shape[1]) != count:
+        if image_rotary_emb is not None and (given := image_rotary_emb[0].shape[1]) != count:
             raise ValueError(f"image_rotary_emb is of {given} patches, the image has {count}")
 
     def _run(self, block: nn.Module, *args):
@@ -382,8 +395,8 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             pixel_positions(size, 2 * half, image.device).to(pixels.dtype).unflatten(0, (-1, patch))
             for size in (image.shape[3], image.shape[2])
         )
-        pixels[..., :half] += column[:, None]
-        pixels[..., half:] += row[:, None, :, None]
+        pixels[..., :half].add_(column[:, None])
+        pixels[..., half:].add_(row[:, None, :, None])
         return pixels.flatten(3, 4).flatten(1, 2)
 
     @staticmethod

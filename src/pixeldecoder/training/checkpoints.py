@@ -1,16 +1,20 @@
 """Networks that train in, checkpoints from which a run goes on out, and at its end the decoder it made."""
 
+import io
 import json
 import os
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers.utils import logging
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -153,7 +157,10 @@ class Checkpoints:
                     "folder, or the model that it was made with"
                 )
             try:
-                dcp.load(state, checkpoint_id=existing[-1], no_dist=not dist.is_initialized())
+                with (existing[-1] / ".metadata").open("rb") as file:
+                    Metadata(file).load()
+                planner = Planner()
+                dcp.load(state, checkpoint_id=existing[-1], planner=planner, no_dist=not dist.is_initialized())
                 loaded = True
             except (Exception, CheckpointException) as error:
                 _pass_on_interrupt(error)
@@ -189,6 +196,40 @@ class Checkpoints:
         for name, part in parts.items():
             state[name], state[f"{name}.optimizer"] = get_state_dict(part.module, part.optimizer)
         return state
+
+
+class Metadata(pickle.Unpickler):
+    """Reads what DCP pickles of a checkpoint, and nothing that could run code, before DCP itself does."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in METADATA.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if not known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs: it may be an attack")
+        return super().find_class(module, name)
+
+
+METADATA = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+        "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+    ),
+}  # fmt: skip
+"""Classes in a checkpoint's metadata, by module: PyTorch 2.6 to 2.13's."""
+
+
+class Planner(DefaultLoadPlanner):
+    """DCP's, which would unpickle whatever a number's place holds."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises for what is no plain value
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def export(config: Run, stage: Stage, average: Average) -> None:

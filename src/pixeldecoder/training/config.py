@@ -331,11 +331,10 @@ def _check_bounds(config: Any, prefix: str = "") -> None:
 
 
 def read_yaml(path: Path, default: Run) -> Run:
-    """`default` with what the file sets. A file runs no command: that is the command line's.
+    """`default` with what the file sets.
 
     Raises:
-        ValueError: no such file, a key that does not exist, a value of another type, or a command to run; the message
-            names it.
+        ValueError: no such file, a key that does not exist, or a value of another type; the message names it.
     """
     require("training", "train", "pydantic", "yaml")
     from pydantic import ValidationError
@@ -346,16 +345,26 @@ def read_yaml(path: Path, default: Run) -> Run:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ValueError(f"{path}: {'; '.join(lines[:3])}{more}") from None
-    # Braces may hide a scheme: a shard's must be there in plain sight.
-    encoder = getattr(config, "encoder", "")
-    if ":" in encoder and encoder != getattr(default, "encoder", "") and not Path(encoder).exists():
-        raise ValueError(f"{path}: encoder {_short(encoder)}: code is run for --encoder alone, not for a file")
-    source = config.data.source
-    if ":" in source and ".tar" in source and not re.match(r"(?!pipe:)[a-z0-9]+://", source, re.IGNORECASE):
-        raise ValueError(
-            f"{path}: data.source {_short(source)}: a command is run for --data.source alone, not for a file"
-        )
     return config
+
+
+def refuse_code(config: Run, file: Path, typed: list[str]) -> None:
+    """Files are passed on, and run nothing: commands and modules are named on the command line.
+
+    Args:
+        config: with what a file set.
+        typed: the words of the command line.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    encoder, source = getattr(config, "encoder", ""), config.data.source
+    # Braces may hide a scheme: a shard's must be there in plain sight.
+    is_command = ":" in source and ".tar" in source and not re.match(r"(?!pipe:)[a-z0-9]+://", source, re.IGNORECASE)
+    is_module = ":" in encoder and not Path(encoder).exists()
+    for option, value, runs in ("data.source", source, is_command), ("encoder", encoder, is_module):
+        if runs and not any(word.split("=")[0] == f"--{option}" for word in typed):
+            raise ValueError(f"{file}: {option} {_short(value)}: code is run for --{option} alone, not for a file")
 
 
 def load_yaml(path: Path) -> dict:

@@ -18,7 +18,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.linalg import vector_norm
 
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.sources import Folder, Shards
@@ -97,7 +96,7 @@ class Part:
                 settings.learning_rate,
                 settings.betas,
                 weight_decay=settings.weight_decay,
-                fused=self.device.type == "cuda",  # without temporary copies of all weights
+                fused=self.device.type in ("cuda", "cpu"),  # in one pass, without temporary copies of all weights
             )
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -126,9 +125,7 @@ class Part:
             p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in self.parameters if p.grad is not None
         ]
         grads = [grad for grad in grads if grad.numel()]  # a process's share of a small one may be nothing
-        largest = torch.stack(
-            [torch.zeros((), device=self.device), *(vector_norm(grad, math.inf) for grad in grads)]
-        ).max()
+        largest = torch.stack([torch.zeros((), device=self.device), *torch._foreach_norm(grads, math.inf)]).max()
         if isinstance(self.wrapped, FSDPModule):
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         scale = (LARGE / largest).clamp_max(1)
