@@ -65,11 +65,10 @@ def main(config: Serving) -> None:
     try:
         times: dict[int, list[float]] = {batch: [] for batch in servers}
         spent, memory, answers = dict.fromkeys(servers, 0.0), {batch: [] for batch in servers}, {}
-        for _, url in servers.values():  # what is made once
-            for seed in range(len(SIDES)):
-                ask(url, seed)
         parts = np.array_split(np.arange(config.requests), config.rounds)
         with ThreadPoolExecutor(config.clients) as clients:
+            for _, url in servers.values():  # what is made once for each size and batch
+                list(clients.map(partial(ask, url), range(4 * config.clients)))
             for part in parts:
                 for batch, (process, url) in servers.items():
                     begun, seeds = time.perf_counter(), part.tolist()

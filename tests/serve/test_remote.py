@@ -158,6 +158,7 @@ def test_there_and_back(url, pipeline):
         (dict(shape=[1, 16, 2, 3]), r"a tensor \[1, 16, 2, 3\] of float32 has 384 bytes, got 256"),
         (dict(shape=[1, 16, 65536, 65536]), "has 274877906944 bytes, got 256"),
         (dict(shape=[1, 4, 4, 4]), r"expected latents of shape \(B, 16, h, w\)"),
+        (dict(shape=[64, 1, 1, 1]), r"expected latents of shape \(B, 16, h, w\)"),
         (dict(shape=[16, 2, 2]), "are packed: give the height and width"),
         (dict(shape=[64]), "shape: List should have at least 3 items"),
         (dict(shape=[1, 16, 2, -2]), "shape.3: Input should be greater than or equal to 1"),
@@ -176,3 +177,9 @@ def test_bad_requests_are_told_in_json(url, change, message):
     assert 400 <= response.status_code < 500
     told = response.json()["error"]["message"]
     assert re.search(message, told), told
+
+
+def test_a_batch_larger_than_the_queue(url):
+    z = torch.zeros(65, 16, 1, 1)
+    with pytest.raises(RuntimeError, match="a batch of 65: at most 64 are taken at a time"):
+        remote_decode(f"{url}/decode", z, output_type="pt", return_type="pt", **FLUX)

@@ -1,5 +1,6 @@
 """Requests in, futures of images out: one thread owns the device and decodes together what fits together."""
 
+import functools
 import inspect
 import queue
 import threading
@@ -226,9 +227,11 @@ class Engine:
         self._changed = threading.Condition()
         self._closed = False
         self._batch = _Batch()
+        self._hooks = []
         for pipeline in {id(one): one for one in self.pipelines.values()}.values():
             pipeline.set_progress_bar_config(disable=True)
-            pipeline.transformer.register_forward_hook(lambda *args, pipeline=pipeline: self._after_pass(pipeline))
+            after = functools.partial(self._after_pass, pipeline)
+            self._hooks.append(pipeline.transformer.register_forward_hook(after))
         self._thread = threading.Thread(target=self._work, name="pixeldecoder-engine", daemon=True)
         self._thread.start()
 
@@ -292,6 +295,8 @@ class Engine:
         for job in jobs:
             job.cancel()
         self._thread.join()
+        for hook in self._hooks:
+            hook.remove()
 
     def _check(self, request: Request) -> _Checked:
         if request.decoder not in self.pipelines:
@@ -526,7 +531,7 @@ class Engine:
             results.append(Result(now - job.begun, pipeline.layout, image.clone(), picture, sigma=sigma))
         return results
 
-    def _after_pass(self, pipeline: PixelDecoderPipeline) -> None:
+    def _after_pass(self, pipeline: PixelDecoderPipeline, *args: Any) -> None:
         """Of the network, over an image or a tile."""
         batch = self._batch
         if threading.current_thread() is not self._thread or not batch.passes:

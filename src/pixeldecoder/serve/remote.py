@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from pixeldecoder.latents import SPACES, check_factors, denormalise
 from pixeldecoder.pipeline import postprocess
-from pixeldecoder.serve.engine import Request
+from pixeldecoder.serve.engine import Request, TooLargeError
 from pixeldecoder.serve.results import TYPES, picture_bytes
 from pixeldecoder.serve.service import Service
 
@@ -76,6 +76,7 @@ def routes(service: Service) -> APIRouter:
             raise ValueError("output_type mp4: expected pil or pt, as the decoder makes images and no video")
         as_tensor = query.output_type == "pt" or TENSOR in http.headers.get("accept", "")
         latents = _latents(query, await http.body())
+        _check_count(service, len(latents))
         if len(latents) > 1 and not as_tensor:
             raise ValueError(
                 f"{len(latents)} latents cannot become one file: send them one by one, ask for output_type pt, or give "
@@ -112,6 +113,7 @@ def routes(service: Service) -> APIRouter:
             raise ValueError("expected shape and dtype of a tensor, or neither of a picture")
         images: list[bytes | torch.Tensor] = [body]
         if query.shape is not None and query.dtype is not None:
+            _check_count(service, query.shape[0])
             images = [*_tensor(body, query.shape, query.dtype).float().split(1)]
         decoder, space = _decoder(service, query)
         results = await service.answer(
@@ -133,6 +135,11 @@ def _decoder(service: Service, query: Common):
     space = SPACES.get(service.engine.pipelines[name].config.latent_space or "")
     check_factors(space, query.scaling_factor, query.shift_factor)
     return name, space
+
+
+def _check_count(service: Service, count: int) -> None:
+    if count > service.engine.queue_size:
+        raise TooLargeError(f"a batch of {count}: at most {service.engine.queue_size} are taken at a time")
 
 
 def _latents(query: Decode, body: bytes) -> torch.Tensor:

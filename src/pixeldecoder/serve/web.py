@@ -4,6 +4,7 @@ import html
 import os
 import queue
 import random
+import shutil
 import tempfile
 import time
 import zipfile
@@ -213,7 +214,9 @@ class Running:
             yield (key, _wrong(error), *clear[2:])
             return
         yield (key, _bar(job.progress), *clear[2:5], gr.update(interactive=True))
+        folder, x0 = Path(self.folder.name, key), None
         try:
+            folder.mkdir()
             before = None if job.checked.picture is None else job.checked.picture.flattened()
             while not job.done():
                 try:
@@ -223,23 +226,23 @@ class Running:
                 except queue.Empty:
                     progress = job.progress
                 shown: Any = gr.skip()
-                if progress.x0 is not None:
-                    after = to_image(progress.x0)
-                    shown = (_as_large(before or after, after), after)
+                if progress.x0 is not None and progress.x0 is not x0:
+                    x0 = progress.x0
+                    after = to_image(x0)
                     before = before or after  # of latents: what the first step expects
+                    shown = _sides(folder, before, after)
                 yield (gr.skip(), _bar(progress), shown, *[gr.skip()] * 3)
             result = job.result()
             picture = result.picture()
             name = "image" if command == "generate" else Path(source).name
             data = b"" if command == "generate" else Path(source).read_bytes()
-            facts = {"description": request.prompt} if command == "generate" else {}
+            facts = self._latent_facts(request) if command == "generate" else {}
             made = how_made(self.engine, request, result, command, name, data, **facts)
-            path = Path(self.folder.name, key, f"{Path(name).stem}_{picture.width}x{picture.height}.png")
-            path.parent.mkdir()
+            path = folder / f"{Path(name).stem}_{picture.width}x{picture.height}.png"
             path.write_bytes(picture_bytes(picture, "png", made))
             label = f"Done in {duration(result.seconds)}: {picture.width} x {picture.height} px, seed {request.seed}."
             after = read(picture).flattened()
-            sides = (_as_large(before or after, after), after)
+            sides = _sides(folder, before or after, after)
             yield (key, label, sides, gr.update(value=str(path), interactive=True), made, gr.update(interactive=False))
         except CancelledError:
             yield (key, "Cancelled.", *[gr.skip()] * 3, gr.update(interactive=False))
@@ -248,6 +251,7 @@ class Running:
         finally:  # the visitor may have left
             job.cancel()
             self.jobs.pop(key, None)
+            shutil.rmtree(folder, ignore_errors=True)  # gradio has made a copy
 
     def many(self, paths: list[str] | None, *values: Any) -> Iterator[tuple]:
         """Files by the same settings, into a zip; what is wrong with one stops no other."""
@@ -287,14 +291,17 @@ class Running:
                 bundle.writestr("errors.txt", "\n".join(wrong) + "\n")
         label = f"{'Cancelled: ' if stopped else ''}{done} of {len(paths)} made."
         label += "".join(f'<br><span class="wrong" role="alert">{html.escape(line)}</span>' for line in wrong)
-        yield (
-            key,
-            label,
-            None,
-            gr.update(value=str(target), interactive=bool(done)),
-            None,
-            gr.update(interactive=False),
-        )
+        bundled = gr.update(value=str(target), interactive=bool(done))
+        yield (key, label, None, bundled, None, gr.update(interactive=False))
+        shutil.rmtree(target.parent)  # gradio has made a copy
+
+    def _latent_facts(self, request: Request) -> dict[str, Any]:
+        """What a picture says of the latent model's run."""
+        facts = {
+            "description": request.prompt, "model": self.engine.latent_model.config.get("_name_or_path"),
+            "height": request.height, "width": request.width, "latent_steps": request.latent_steps,
+        }  # fmt: skip
+        return {name: value for name, value in facts.items() if value}
 
     def _submit(self, request: Request) -> Job:
         """As soon as there is room: a batch leaves half of the queue to others."""
@@ -357,8 +364,14 @@ def _check_channels(path: Path, channels: int, engine: Engine, decoder: str) -> 
         )
 
 
-def _as_large(image: Image.Image, like: Image.Image) -> Image.Image:
-    return image if image.size == like.size else image.resize(like.size, Image.Resampling.BICUBIC)
+def _sides(folder: Path, before: Image.Image, after: Image.Image) -> tuple[str, str]:
+    """Of the slider, as files: an image that gradio writes itself, it writes again while a browser reads it."""
+    if before.size != after.size:
+        before = before.resize(after.size, Image.Resampling.BICUBIC)
+    paths = folder / "before.jpg", folder / "after.jpg"
+    for path, image in zip(paths, (before, after), strict=True):
+        path.write_bytes(picture_bytes(image, "jpg"))
+    return str(paths[0]), str(paths[1])
 
 
 def _progress(share: float) -> str:
