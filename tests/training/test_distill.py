@@ -76,7 +76,7 @@ class Sees(nn.Module):
     def module(self):
         return self
 
-    def encode_latents(self, latents, height, width):
+    def encode_latents(self, latents, height, width, sigma):
         self.encoded += 1
         return latents
 
