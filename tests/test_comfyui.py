@@ -114,7 +114,8 @@ def test_images_are_the_commands(tmp_path, monkeypatch):
     assert images.shape == (2, 64, 96, 3) and "96 x 64 px, whole" in plan
     assert seen == [(made, 8) for made in range(1, 9)]
     for image, path in zip(images, sorted(Path("out").iterdir()), strict=True):
-        assert ((image * 255).round().numpy() == np.array(Image.open(path))).all()
+        # Latents that were normalised in another order differ by a rounding.
+        assert np.abs((image * 255).round().numpy() - np.array(Image.open(path))).max() <= 1
 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8))
     picture.save("photo.png")

@@ -278,7 +278,10 @@ def test_latents_as_comfyui_stores_them(capsys):
         assert main(["decode", name, f"{name}.png", *FAST, "--latent-space", "flux"]) == 0
         assert np.abs(np.array(Image.open(f"{name}.png")).astype(int) - np.array(Image.open("z.png"))).max() <= 1
     assert main(["decode", "new.latent", "a.png", *FAST]) == 2
-    assert "decoder does not tell its latent space: give --latent-space (latent_space), one of flux, flux2" in capsys.readouterr().err
+    assert (
+        "decoder does not tell its latent space: give --latent-space (latent_space), one of flux, flux2"
+        in capsys.readouterr().err
+    )
     assert main(["decode", "new.latent", "a.png", *FAST, "--latent-space", "sd2"]) == 2
     assert 'no latent space "sd2"' in capsys.readouterr().err
 

@@ -735,7 +735,9 @@ def test_compare(parts, tmp_path, capsys):
     assert float(printed["psnr"]) == pytest.approx(expected, abs=1e-3)
     assert (tmp_path / "page.html").read_text().count("data:image/webp") == 3
     shutil.copy(b, tmp_path / a.name)
-    assert main(["compare", str(a), str(tmp_path / a.name), "--output", str(tmp_path / "page.html")]) == 0
+    assert (
+        main(["compare", str(a), str(tmp_path / a.name), "--output", str(tmp_path / "page.html"), "--overwrite"]) == 0
+    )
     page = (tmp_path / "page.html").read_text()  # two files of one name are two pictures
     assert page.count("data:image/webp") == 3 and f'"{tmp_path / a.name}": "data:' in page
     capsys.readouterr()

@@ -92,6 +92,8 @@ def test_operations_are_counted(base, rows):
 def test_starts_as_the_small_image_enlarged():
     model = PixelDecoderTransformer2DModel(**TINY_NANO)
     latents = torch.randn(1, 16, 2, 2)
+    assert not model.encode_latents(latents, 64, 64, sigma=0.0).base.any()  # grey
+    torch.nn.init.normal_(model.base.to_small.weight)
     small = model.base.small(model.base.features(latents, torch.zeros(1))[-1])
     expected = torch.nn.functional.interpolate(small, scale_factor=4, mode="bicubic")
     torch.testing.assert_close(model.encode_latents(latents, 64, 64, sigma=0.0).base, expected)

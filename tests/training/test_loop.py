@@ -66,6 +66,7 @@ def psnrs(config) -> list[dict]:
 
 def test_overfits_eight_crops(teacher, tmp_path):
     """The whole path, from a folder to decodes: a small network learns eight crops by heart."""
+    (tmp_path / "architecture.json").write_text(json.dumps(ARCHITECTURE | dict(base_dim=None, aux_rgb_base=True)))
     config = replace(
         teacher,
         data=Data(source=str(write_photos(tmp_path / "eight", 8, (64, 64))), resolution=64, workers=1),
@@ -610,6 +611,7 @@ def scheduler():
 
 
 def test_teacher_takes_all_but_its_adapter_from_a_prior(teacher, tmp_path):
+    (tmp_path / "architecture.json").write_text(json.dumps(ARCHITECTURE | dict(base_dim=None)))  # as released decoders
     prior = PixelDecoderTransformer2DModel(**ARCHITECTURE | dict(latent_channels=None, base_dim=None))
     torch.nn.init.normal_(prior.proj_out.weight)
     prior.save_pretrained(tmp_path / "prior")

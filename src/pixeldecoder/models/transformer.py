@@ -373,10 +373,13 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         nn.init.zeros_(self.proj_out.weight)
         if self.base is not None:
             for module in self.base.modules():
-                if isinstance(module, nn.Conv2d):  # as PyTorch does: there is no norm
-                    module.reset_parameters()
-            for name in "to_image.weight", "to_image.bias", "sigma_embed.2.weight":
-                nn.init.zeros_(self.base.get_parameter(name))
+                if isinstance(module, nn.Conv2d):  # wider than elsewhere: there is no norm
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    module.weight.data *= 0.5
+            # It starts as a grey image.
+            for name in "to_small", "to_image", "sigma_embed.2":
+                nn.init.zeros_(self.base.get_parameter(f"{name}.weight"))
+            nn.init.constant_(self.base.to_small.bias, 0.5)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
