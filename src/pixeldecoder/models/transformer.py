@@ -379,7 +379,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             # It starts as a grey image.
             for name in "to_small", "to_image", "sigma_embed.2":
                 nn.init.zeros_(self.base.get_parameter(f"{name}.weight"))
-            nn.init.constant_(self.base.to_small.bias, 0.5)
+            nn.init.constant_(self.base.get_parameter("to_small.bias"), 0.5)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """As diffusers' `add_adapter`. The usual names of q, k, v and their output layer, "to_q", "add_k_proj",
