@@ -67,8 +67,8 @@ def main(config: Serving) -> None:
         spent, memory, answers = dict.fromkeys(servers, 0.0), {batch: [] for batch in servers}, {}
         parts = np.array_split(np.arange(config.requests), config.rounds)
         with ThreadPoolExecutor(config.clients) as clients:
-            for _, url in servers.values():  # what is made once for each size and batch
-                list(clients.map(partial(ask, url), range(4 * config.clients)))
+            for _, url in servers.values():  # kernels are made once for each size and number of images
+                list(clients.map(partial(ask, url), range(2 * config.requests)))
             for part in parts:
                 for batch, (process, url) in servers.items():
                     begun, seeds = time.perf_counter(), part.tolist()
