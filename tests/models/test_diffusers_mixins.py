@@ -426,7 +426,7 @@ def test_export():
     for size in given, other:
         exact = model(**size).sample
         assert type(exact) is torch.Tensor
-        torch.testing.assert_close(program(**size).sample, exact, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(program(**size).sample, exact, atol=1e-4, rtol=1e-4)
     assert type(tiny_model(**config)(**given).sample) is torch.Tensor
 
 
