@@ -378,8 +378,8 @@ def test_device_map_keeps_blocks_whole():
 @torch.no_grad()
 def test_sums_that_float16_does_not_hold(config):
     """One channel of image and text, and all pixels, grow beyond its 65504, the pixels as nano's do; layers that read
-    the image unnormalised have nothing of that channel, as massive activations are for attention alone. A base's rounding
-    would grow as much."""
+    the image unnormalised have nothing of that channel, as massive activations are for attention alone.
+    A base's rounding would grow as much."""
     model, given = tiny_model(**config), inputs()
     if config["text_embed_dim"] is None:
         given["encoder_hidden_states"] = None
