@@ -432,7 +432,9 @@ def test_sequential_offload(gemma):
     for part in (pipeline.text_encoder, pipeline.encoder, pipeline.transformer):
         accelerate.cpu_offload(part, torch.device("cpu"), offload_buffers=bool(part._parameters))
         assert part.device.type == "meta"
-    torch.testing.assert_close(pipeline.upscale(photo, generator=seeded(), **given).images, exact)
+    # A gate's layer that is brought when called is not split in two: other products, rounded otherwise.
+    offloaded = pipeline.upscale(photo, generator=seeded(), **given).images
+    torch.testing.assert_close(offloaded, exact, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(pipeline.encode_image(photo), latents)
     assert pipeline.encode_prompt("a cat")[0].device.type == "cpu"
 
