@@ -7,8 +7,8 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 RUN pip install --no-cache-dir "$(grep '^torch==' constraints.txt)" --index-url https://download.pytorch.org/whl/${TORCH}
 COPY src src
-RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
-    && pip install --no-cache-dir --constraint /tmp/constraints.txt '.[serve]' \
+RUN sed -i '/^torch==/d' constraints.txt \
+    && pip install --no-cache-dir --constraint constraints.txt '.[serve]' \
     && useradd --create-home --uid 1000 decoder
 
 USER decoder

@@ -128,11 +128,11 @@ class Nano(Conditioned):
     own_encoder: str = ""
     """That of the first stage, beside TAEF1's."""
     teacher: str = ""
-    networks: Path = Path()
-    """Folder of those it learns from."""
+    weights: Path = Path()
+    """Folder of the networks it learns from."""
     crops: int = 180
     start: Path | None = None
-    weights: Weights = field(default_factory=Weights)
+    terms: Weights = field(default_factory=Weights)
 
 
 def configure(config: Config) -> Nano:
@@ -168,10 +168,10 @@ def configure(config: Config) -> Nano:
         validate_every=0 if stage == "encoder" else 500,  # no pipeline takes what it makes
         checkpoint_every=100,
         tracker="none",
-        networks=config.weights,
+        weights=config.weights,
         crops=config.crops,
         start=config.start,
-        weights=config.terms,
+        terms=config.terms,
     )
 
 
@@ -433,8 +433,8 @@ class Judges:
     always met in the same way would hide a pattern from it."""
 
     def __init__(self, config: Nano, device: torch.device):
-        self.squeezenet = SqueezeNetDistance(config.networks / "squeezenet1_0.safetensors", device)
-        self.efficientnet = EfficientNetLite(config.networks / "efficientnet_lite0.safetensors", device)
+        self.squeezenet = SqueezeNetDistance(config.weights / "squeezenet1_0.safetensors", device)
+        self.efficientnet = EfficientNetLite(config.weights / "efficientnet_lite0.safetensors", device)
 
     def __call__(self, image: torch.Tensor, truth: torch.Tensor, rng: Random) -> torch.Tensor:
         """The mean of SqueezeNet's distance of full-size pictures and that of one of both at any size."""
@@ -471,7 +471,7 @@ class CascadeStage(DecoderStage):
     def draw(self, photos: Photos, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
         if self.kept is None:
             taef1 = AutoencoderTiny.from_pretrained(self.config.encoder).to(self.accelerator.device).eval()
-            upscaler = RealESRGAN(self.config.networks / "realesrgan_x4plus.safetensors", self.accelerator.device)
+            upscaler = RealESRGAN(self.config.weights / "realesrgan_x4plus.safetensors", self.accelerator.device)
 
             def make(latents: torch.Tensor) -> torch.Tensor:
                 with torch.no_grad(), autocast(latents.device, self.network.autocast):
@@ -529,7 +529,7 @@ class JudgedStage(DecoderStage):
     def __init__(self, config: Nano, accelerator: Accelerator, model: PixelDecoderTransformer2DModel, *args):
         super().__init__(config, accelerator, model, *args)
         self.judges = Judges(config, accelerator.device)
-        if config.weights.gan:
+        if config.terms.gan:
             settings = Optimizer(
                 learning_rate=2e-4, betas=(0.5, 0.99), weight_decay=0.0, warmup_steps=0, max_grad_norm=None
             )
@@ -537,7 +537,7 @@ class JudgedStage(DecoderStage):
             self.discriminator = self.parts["discriminator"] = Part(Discriminator(), settings, whole, accelerator)
 
     def judged(self, image: torch.Tensor, batch: Crops, random: SampleRandom, rng: Random, progress: float) -> Terms:
-        weights = self.config.weights
+        weights = self.config.terms
         terms = {
             "pixel": 2 * weights.pixel * (image - batch.image).abs().mean(),
             "colour": 4 * weights.pixel * means(image - batch.image).abs().mean(),
@@ -623,7 +623,7 @@ class StudentStage(JudgedStage):
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         super().__init__(config, accelerator, on_base(config), 0.02)
-        if config.weights.vsd:
+        if config.terms.vsd:
             teacher = on_base(replace(config, model=config.teacher))
             self.fake_score = self.parts["fake_score"] = self.part(copy.deepcopy(teacher), 0.02)
             self.teacher = teacher.requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
@@ -633,7 +633,7 @@ class StudentStage(JudgedStage):
         inputs = self.inputs(batch, random)
         image = self.student_image(batch, inputs, random, rng.choices(range(4), (4, 2, 2, 2))[0])
         terms = self.judged(image, batch, random, rng, progress)
-        if weight := self.config.weights.vsd:
+        if weight := self.config.terms.vsd:
             t = random.normal().sigmoid().clamp(0.02, 0.99)
             x_t = noised(image.detach(), random.normal(*image.shape[1:]), t)
             with torch.no_grad(), autocast(image.device, self.network.autocast):

@@ -13,6 +13,8 @@ import httpx
 import torch
 from PIL import Image
 
+from conftest import tiny_pipeline
+from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.http import Server, create_app
 from pixeldecoder.serve.service import Settings
@@ -38,6 +40,12 @@ class Gate:
         self.passes += 1
         self.entered.set()
         assert self.opened.wait(60)
+
+
+def flux_pipeline() -> PixelDecoderPipeline:
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(latent_space="flux")
+    return pipeline
 
 
 @contextmanager

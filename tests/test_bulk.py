@@ -233,7 +233,7 @@ def test_what_was_not_finished_is_undone():
         output.put(f"images/{part}.tar", b"x")
     output.put("checkpoint/a_000000.parquet", b"committed")
     output.put("checkpoint/a_000001.pending.parquet", b"torn")
-    Path("out/images/.1234.5.tar").write_bytes(b"being written")
+    Path("out/images/.0123abcd.89abcdef.5.tar").write_bytes(b"being written")
     output.begin({"steps": 1}).close()
     left = {path.relative_to("out").as_posix() for path in Path("out").rglob("*") if path.is_file()}
     assert left == {

@@ -58,7 +58,8 @@ def exported(tmp_path_factory):
 
 
 def check(pipeline, folder, sizes=SIZES, text=None, tolerance=1e-4, steps_tolerance=None):
-    """Velocity and whole decode, at sizes that the graphs were not traced at."""
+    """Velocity and whole decode, at sizes that the graphs were not traced at; how many of each were compared."""
+    velocities = 0
     model, config = pipeline.transformer, pipeline.transformer.config
     cell, sessions = config.scale * config.latent_downscale_factor, onnx_pipeline(folder, "cpu").transformer.sessions
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -83,6 +84,7 @@ def check(pipeline, folder, sizes=SIZES, text=None, tolerance=1e-4, steps_tolera
             (v,) = sessions["velocity"].run(None, told | dict(zip(names, leaves, strict=True)))
             largest = max(1, exact.abs().max().item())
             torch.testing.assert_close(torch.from_numpy(v), exact, atol=tolerance * largest, rtol=tolerance)
+            velocities += 1
         exact = pipeline(
             z, prompt_embeds=embeds, sigma=sigma, generator=seeded(), output_type="latent", tile_size=None
         ).images
@@ -91,10 +93,11 @@ def check(pipeline, folder, sizes=SIZES, text=None, tolerance=1e-4, steps_tolera
         assert image.shape == exact.shape
         # Four steps of a network of random weights make rounding larger, those of a trained one do not.
         np.testing.assert_allclose(image, exact.clamp(-1, 1).numpy(), atol=steps_tolerance or 4 * tolerance)
+    return velocities, len(sizes)
 
 
 def test_graphs_are_the_network(exported):
-    check(*exported)
+    assert check(*exported) == (3, 3)
 
 
 @pytest.mark.slow
@@ -115,19 +118,15 @@ def test_several_cells_to_a_patch(tmp_path):
     """Latents of a size that does not fill them are padded, and the image is cut again."""
     pipeline = tiny_pipeline(**SMALL | dict(patch_size=16, scale=1, aux_rgb=False, base_dim=None))
     export(pipeline, tmp_path / "graphs")
-    check(pipeline, tmp_path / "graphs", [(1, 4, 6), (2, 3, 5)])
+    assert check(pipeline, tmp_path / "graphs", [(1, 4, 6), (2, 3, 5)]) == (1, 2)
 
 
 @pytest.mark.slow
 def test_nano(tmp_path):
     pipeline = PixelDecoderPipeline.from_pretrained("nano")
     export(pipeline, tmp_path / "graphs")
-    check(
-        pipeline,
-        tmp_path / "graphs",
-        [(1, 4, 6), (2, 4, 6), (1, 8, 5), (2, 8, 5), (1, 16, 16), (2, 16, 16)],
-        steps_tolerance=1e-4,
-    )
+    sizes = [(1, 4, 6), (2, 4, 6), (1, 8, 5), (2, 8, 5), (1, 16, 16), (2, 16, 16)]
+    assert check(pipeline, tmp_path / "graphs", sizes, steps_tolerance=1e-4) == (6, 6)
 
 
 @pytest.mark.slow
@@ -137,7 +136,8 @@ def test_every_kind_of_network(case, tmp_path):
     pipeline = tiny_pipeline()
     pipeline.register_modules(transformer=golden.model, encoder=None)
     export(pipeline, tmp_path / "graphs")
-    check(pipeline, tmp_path / "graphs", [(1, 2, 4), (2, 4, 4)], text=golden.text.shape[1], tolerance=1e-3)
+    sizes = [(1, 2, 4), (2, 4, 4)]
+    assert check(pipeline, tmp_path / "graphs", sizes, text=golden.text.shape[1], tolerance=1e-3)[1] == 2
 
 
 def test_the_encoder_comes_with_it(exported):

@@ -238,6 +238,10 @@ def test_what_killed_runs_left_is_swept(tmp_path):
     files.sweep(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     files.sweep(tmp_path / "none")
+    (tmp_path / "deep").mkdir()
+    kept[1].rename(tmp_path / "deep" / kept[1].name)
+    files.sweep(tmp_path, alone=True)  # others' too, but not what is called otherwise
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / ".hidden", tmp_path / "deep"]
 
 
 def test_a_folder_s_name_as_long_as_names_can_be(tmp_path):

@@ -151,7 +151,7 @@ def test_nano(run, nano, taef1, tmp_path):
     assert judged | {"vsd", "fake_score"} <= set(last) and all(math.isfinite(value) for value in last.values())
     # The fake score is the teacher at first, so that nothing is distilled.
     assert first["gan"] == 0 < last["gan"] and abs(first["vsd"]) < 1e-9 < last["vsd"]
-    run("student", 2, output=tmp_path / "plain", export=tmp_path / "made", weights=nano.Weights(gan=0, vsd=0))
+    run("student", 2, output=tmp_path / "plain", export=tmp_path / "made", terms=nano.Weights(gan=0, vsd=0))
     assert not {"gan", "discriminator", "vsd", "fake_score"} & log(tmp_path / "plain")
 
     weights = {

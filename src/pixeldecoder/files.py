@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import socket
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -153,6 +154,21 @@ def load_latents(path: Path) -> Latents:
         tensor, None if sigma is None else _sigma(path, sigma, len(tensor)), _size(path, held.get("size")),
         name == COMFYUI, space,
     )  # fmt: skip
+
+
+def parse_latents(data: bytes, suffix: str) -> Latents:
+    """As `load_latents`, of what is in a file with this suffix; errors call it "latents".
+
+    Raises:
+        ValueError: as `load_latents`.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # its readers map files
+        path = Path(folder, f"latents{suffix}")
+        path.write_bytes(data)
+        try:
+            return load_latents(path)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{folder}/", "")) from None
 
 
 def _latents_name(path: Path, held: Mapping[Any, Any]) -> str:
@@ -367,13 +383,15 @@ def _machine() -> int:
     return zlib.crc32(socket.gethostname().encode())
 
 
-def sweep(folder: Path) -> None:
-    """Delete what processes of this machine that were killed have left half written in a folder."""
-    if not folder.is_dir():
-        return
-    for path in folder.glob(f".????????.{_machine():08x}.*"):
+def sweep(folder: Path, alone: bool = False) -> None:
+    """Delete what processes of this machine that were killed have left half written in a folder.
+
+    Args:
+        alone: nobody else writes there: what any machine's have left, in its subfolders, too.
+    """
+    for path in folder.rglob(".????????.????????.*") if alone else folder.glob(f".????????.{_machine():08x}.*"):
         match = re.fullmatch(r"\.[0-9a-f]{8}\.[0-9a-f]{8}\.(\d+)\.\w+", path.name)
-        if match is None or path.suffix == ".old" or _runs(int(match[1])):
+        if match is None or path.suffix == ".old" or (not alone and _runs(int(match[1]))):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -104,6 +104,11 @@ class Plan:
     def tiled(self) -> bool:
         return self.tiles.count > 1
 
+    def options(self) -> dict[str, Any]:
+        """The command's options that cut an image so again."""
+        cut = {"tile": str(max(self.tiles.height, self.tiles.width)) if self.tiled else "none"}
+        return cut | {"chunk": self.chunk_size} | ({"tile_overlap": self.tiles.overlap} if self.tiled else {})
+
     def __str__(self) -> str:
         how = f"{self.tiles.count} tiles of {self.tiles.width} x {self.tiles.height} px" if self.tiled else "whole"
         return (

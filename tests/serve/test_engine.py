@@ -13,7 +13,8 @@ from conftest import tiny_pipeline
 from families import build
 from pixeldecoder.ldm import generate
 from pixeldecoder.plan import Limits, plan
-from pixeldecoder.serve.engine import ClosedError, Engine, Request, TooLargeError, generator, noise_generator
+from pixeldecoder.serve.engine import Engine, generator, noise_generator
+from pixeldecoder.serve.jobs import ClosedError, Request, TooLargeError
 from serving import Gate, latents, photo
 
 

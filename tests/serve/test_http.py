@@ -21,14 +21,12 @@ from conftest import tiny_pipeline
 from pixeldecoder.cli import main
 from pixeldecoder.files import read_made
 from pixeldecoder.serve.service import Settings
-from serving import Gate, command, latents, photo, serving
+from serving import Gate, command, flux_pipeline, latents, photo, serving
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = tiny_pipeline()
-    pipeline.register_to_config(latent_space="flux")
-    return pipeline
+    return flux_pipeline()
 
 
 @pytest.fixture(scope="module")

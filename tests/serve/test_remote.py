@@ -11,11 +11,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image, ImageChops
 
-from conftest import tiny_pipeline
 from pixeldecoder.latents import SPACES, denormalise, normalise
 from pixeldecoder.pipeline import postprocess
 from pixeldecoder.serve.results import picture_bytes
-from serving import latents, photo, serving
+from serving import flux_pipeline, latents, photo, serving
 
 FLUX = dict(scaling_factor=0.3611, shift_factor=0.1159)
 PROCESSOR = VaeImageProcessor()
@@ -23,9 +22,7 @@ PROCESSOR = VaeImageProcessor()
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = tiny_pipeline()
-    pipeline.register_to_config(latent_space="flux")
-    return pipeline
+    return flux_pipeline()
 
 
 @pytest.fixture(scope="module")

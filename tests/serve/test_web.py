@@ -174,7 +174,7 @@ def test_decode_and_a_file_of_another_family(open_page, pipeline, tmp_path):
     shoot(page, "decode")
 
 
-def test_generate(open_page):
+def test_generate(open_page, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Generate").click()
     page.get_by_label("What to make").fill("a red cat")
@@ -183,6 +183,9 @@ def test_generate(open_page):
     expect(page.get_by_role("tabpanel")).to_contain_text("256 x 128, about")
     page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.locator("#told")).to_contain_text("256 x 128 px, seed 0", timeout=60_000)
+    made = read_made(download(page, tmp_path))
+    asked = dict(command="generate", description="a red cat", width=64, height=32, latent_steps=3, seed=0)
+    assert made | asked == made and Image.open(download(page, tmp_path)).size == (256, 128)
     shoot(page, "generate")
 
 
@@ -226,6 +229,7 @@ def test_progress_and_cancel(browser, pipeline, picture):
         allowed.release(100)
         page.get_by_role("button", name="Upscale", exact=True).click()
         expect(page.locator("#told")).to_contain_text("320 x 192 px", timeout=60_000)
+        assert client.engine.batches == {1: 2}  # one was left
         page.close()
 
 

@@ -16,7 +16,8 @@ from pixeldecoder.bulk.settings import Settings, row_seed
 from pixeldecoder.errors import explain
 from pixeldecoder.latents import normalise_file
 from pixeldecoder.plan import Plan
-from pixeldecoder.serve.engine import Engine, Job, Request
+from pixeldecoder.serve.engine import Engine
+from pixeldecoder.serve.jobs import Job, Request
 from pixeldecoder.serve.results import how_made, picture_bytes
 
 AHEAD = 2

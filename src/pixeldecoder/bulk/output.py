@@ -24,7 +24,7 @@ from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 from ray.data.datasource import BlockBasedFileDatasink
 
 from pixeldecoder.bulk.rows import filesystem, is_local
-from pixeldecoder.files import write_whole
+from pixeldecoder.files import sweep, write_whole
 
 Kind = Literal["files", "webdataset", "parquet"]
 
@@ -126,8 +126,7 @@ class Output:
                     fs.rm(path)
             fs.rm(pending)
         if is_local(fs):
-            for partial in Path(root).rglob(".*"):  # what was being written
-                partial.unlink()
+            sweep(Path(root), alone=True)
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_SH)
         return lock

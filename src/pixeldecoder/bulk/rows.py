@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pixeldecoder.files import LATENT_SUFFIXES, Latents, load_latents
+from pixeldecoder.files import LATENT_SUFFIXES, Latents, load_latents, parse_latents
 from pixeldecoder.pictures import SUFFIXES
 
 ROW = pa.schema(
@@ -258,18 +257,7 @@ def read_row(row: dict[str, Any]) -> tuple[bytes | None, Latents | None]:
     data = fs.cat_file(path) if whole else fs.cat_file(path, row["offset"], row["offset"] + row["size"])
     if not whole and len(data) < row["size"]:
         raise ValueError(f"{row['url']} ends early")
-    return (None, _latents(data, suffix)) if suffix in LATENT_SUFFIXES else (data, None)
-
-
-def _latents(data: bytes, suffix: str) -> Latents:
-    """Of what is in a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"latents{suffix}")
-        path.write_bytes(data)
-        try:
-            return load_latents(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace(f"{path}: ", "")) from None
+    return (None, parse_latents(data, suffix)) if suffix in LATENT_SUFFIXES else (data, None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -293,7 +281,7 @@ def _from_table(row: dict[str, Any]) -> tuple[bytes | None, Latents | None]:
             raise ValueError(f'expected the bytes of a picture as "image", got {type(data).__name__}')
         return data, None
     if isinstance(value, bytes):
-        return None, _latents(value, ".npy" if value.startswith(b"\x93NUMPY") else ".safetensors")
+        return None, parse_latents(value, ".npy" if value.startswith(b"\x93NUMPY") else ".safetensors")
     try:
         array = np.asarray(value, np.float32)
     except (TypeError, ValueError) as error:

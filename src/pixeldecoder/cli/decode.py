@@ -47,11 +47,11 @@ class Decode(FilesToImages):
     """What computes: PyTorch; or onnxruntime, with the graphs of a folder that `export` wrote, given as --decoder."""
 
     def check(self) -> None:
-        from pixeldecoder.portable import read_manifest
-
         super().check()
         if self.backend == "torch":
             return
+        from pixeldecoder.portable import read_manifest
+
         for option in ("quantize", "attention", "compile", "lora"):
             if getattr(self, option) != getattr(type(self), option):
                 raise ValueError(f"--{option} is PyTorch's: leave it out with --backend onnx")

@@ -196,11 +196,7 @@ class Pictures(Decoder):
             "guidance_scale": config.default_guidance_scale,
             "device": device,
             "dtype": dtype,
-            "tile": str(max(layout.tiles.height, layout.tiles.width)) if layout.tiled else "none",
-            "chunk": layout.chunk_size,
-        }
-        if layout.tiled:
-            made["tile_overlap"] = layout.tiles.overlap
+        } | layout.options()
         if pipeline.guides() and "negative_prompt" not in made:
             made["negative_prompt"] = config.default_negative_prompt
         return made

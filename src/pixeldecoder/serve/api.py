@@ -3,7 +3,6 @@
 import base64
 import binascii
 import json
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from pixeldecoder.files import LATENT_SUFFIXES, load_latents
+from pixeldecoder.files import LATENT_SUFFIXES, parse_latents
 from pixeldecoder.latents import normalise_file
-from pixeldecoder.serve.engine import Request, Result
-from pixeldecoder.serve.results import TYPES, how_made, picture_bytes
+from pixeldecoder.serve.jobs import Request, Result
+from pixeldecoder.serve.results import TYPES, how_made, license_of, picture_bytes
 from pixeldecoder.serve.service import Service
 
 MOST_IMAGES = 8
@@ -48,7 +47,7 @@ class Settings(BaseModel):
 
     def request(self, service: Service, **kwargs: Any) -> Request:
         return Request(
-            decoder=decoder_name(service, self.decoder), seed=self.seed, steps=self.steps, prompt=self.prompt,
+            decoder=service.decoder(self.decoder), seed=self.seed, steps=self.steps, prompt=self.prompt,
             guidance_scale=self.guidance_scale, negative_prompt=self.negative_prompt, **kwargs,
         )  # fmt: skip
 
@@ -115,7 +114,7 @@ def routes(service: Service) -> APIRouter:
         """As OpenAI's: `client.images.edit(model="nano", image=open("photo.png", "rb"), prompt="")`."""
         body = await _body(http, Edit, "image")
         request = Request(
-            decoder=decoder_name(service, body.model), image=body.image, sigma=body.sigma, steps=body.steps,
+            decoder=service.decoder(body.model), image=body.image, sigma=body.sigma, steps=body.steps,
             guidance_scale=body.guidance_scale, prompt=body.prompt, negative_prompt=body.negative_prompt,
         )  # fmt: skip
         requests = [replace(request, seed=(body.seed + index) % 2**63) for index in range(body.n)]
@@ -141,7 +140,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
-        return _model(service, decoder_name(service, name))
+        return _model(service, service.decoder(name))
 
     @router.get("/jobs/{id}")
     async def status(id: str) -> dict[str, Any]:
@@ -176,25 +175,12 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def decoder_name(service: Service, name: str | None) -> str:
-    """By default the first; raises a 404 for one that is not there."""
-    if name is not None and name not in service.engine.pipelines:
-        raise HTTPException(404, f'no decoder "{name}": expected one of {", ".join(service.engine.pipelines)}')
-    return name or service.default_decoder
-
-
 def _latents_request(service: Service, body: Decode) -> Request:
     request = body.request(service)
     suffix = Path(body.name).suffix.lower()
     if suffix not in LATENT_SUFFIXES:
         raise ValueError(f"name {body.name!r}: expected one that ends in {', '.join(LATENT_SUFFIXES)}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"latents{suffix}")
-        path.write_bytes(body.latents)
-        try:
-            held = load_latents(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace(f"{folder}/", "")) from None
+    held = parse_latents(body.latents, suffix)
     if len(held.tensor) != 1:
         raise ValueError(f"expected the latents of one image, got {len(held.tensor)}: send them one by one")
     space = service.engine.pipelines[request.decoder].config.latent_space
@@ -263,7 +249,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "id": name, "object": "model", "created": 0, "owned_by": "pixeldecoder",
         "latent_space": pipeline.config.latent_space, "latent_channels": config.latent_channels,
         "scale": config.scale, "reads_text": config.text_embed_dim is not None,
-        "license": pipeline.config.license or ("Apache-2.0" if name == "nano" else None),
+        "license": license_of(name, pipeline),
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
-from PIL import Image
 
 from pixeldecoder.autoencoders import ImageEncoder
 from pixeldecoder.execution import image_encoder
@@ -27,157 +26,17 @@ from pixeldecoder.ldm import (
     partly_denoise,
     pipeline_latent_space,
 )
-from pixeldecoder.pictures import Picture, read, size
-from pixeldecoder.pipeline import PixelDecoderPipeline, postprocess
+from pixeldecoder.pictures import read, size
+from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.plan import Limits, Plan, estimate_seconds, measure_rates, plan
 from pixeldecoder.sampler import check_steps
+from pixeldecoder.serve.jobs import Checked, ClosedError, Job, Progress, Request, Result, TooLargeError
 
 UNLIMITED = Limits()
 logger = logging.get_logger(__name__)
 
 PREVIEW = 512
 """Largest side in pixels of the picture in the making that watchers get."""
-
-
-class TooLargeError(ValueError):
-    """An image of more pixels than the engine makes."""
-
-
-class ClosedError(RuntimeError):
-    """The engine takes no more requests."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Request:
-    """One image: to be decoded from latents, made of a picture, or without either of the prompt by a latent model."""
-
-    decoder: str = "nano"
-    """By the name that the engine has it under."""
-    latents: torch.Tensor | None = None
-    """(C, h, w) or (1, C, h, w), or packed as a pipeline has them, in which case `height` and `width` are needed."""
-    image: Image.Image | bytes | torch.Tensor | None = None
-    """A picture in any mode, or what is in the file of one, of at least 16 x 16 pixels, in place of latents; to be
-    encoded alone, (1, 3, H, W) in [-1, 1], too."""
-    encode: bool = False
-    """Make the picture's latents, and no image of them."""
-    size: tuple[int, int] | None = None
-    """Height and width of the picture that latents were made of, before it was padded to whole cells."""
-    sigma: float = 0.0
-    """Noise level in [0, 1] that latents have, or that is added to the latents of a picture."""
-    seed: int = 0
-    """Of all noise: the same seed gives the image that it gives in a decode alone."""
-    steps: int | None = None
-    """By default what the decoder was made for, as is the next."""
-    guidance_scale: float | None = None
-    prompt: str = ""
-    """Ignored by a decoder without text, as is the next."""
-    negative_prompt: str | None = None
-    height: int | None = None
-    """Of the latent model's image in pixels: of packed latents, or of what it shall make, by default its own."""
-    width: int | None = None
-    stop_at: str | None = "auto"
-    """Where the latent model stops, as in `pixeldecoder.ldm.partly_denoise`; and its steps, by default its own."""
-    latent_steps: int | None = None
-    denormalized: bool = False
-    """The latents are what an autoencoder's `decode` takes."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a job is."""
-
-    state: str = "queued"
-    """Then "running", and at last "done", "failed" or "cancelled"."""
-    step: int = 0
-    """Steps made, of `steps`."""
-    steps: int = 0
-    share: float = 0.0
-    """Of the work, in [0, 1], counted in tiles."""
-    remaining: float | None = None
-    """Seconds, once there is something to judge by."""
-    x0: torch.Tensor | None = None
-    """What the last step expects the finished image to be, (1, 3, H, W) in about [-1, 1], of at most 512 px a side."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a request."""
-
-    seconds: float
-    """From the request to here."""
-    plan: Plan | None = None
-    """How the image was cut; its memory is that of the batch."""
-    image: torch.Tensor | None = None
-    """(1, 3, H, W) float32 on the CPU, about [-1, 1] but not clamped."""
-    alpha: Picture | None = None
-    """The picture whose alpha the image gets."""
-    latents: torch.Tensor | None = None
-    """(1, C, h, w), normalised, if these were wanted."""
-    sigma: float = 0.0
-    """That the latents had."""
-
-    def picture(self) -> Image.Image:
-        """The image as `PixelDecoderPipeline` returns it; RGBA where the picture had alpha."""
-        assert self.image is not None
-        (image,) = postprocess(self.image, "pil")
-        assert isinstance(image, Image.Image)
-        return image if self.alpha is None else self.alpha.with_alpha(image)
-
-
-class Job(Future[Result]):
-    """The future of a `Result`. A job can be cancelled while it runs, too: the engine leaves it after the tile at hand,
-    unless others are decoded in the same batch."""
-
-    def __init__(self, request: Request, checked: "_Checked"):
-        super().__init__()
-        self.request, self.checked, self.progress, self.begun = request, checked, Progress(), time.monotonic()
-        self._watchers: list[Callable[[Progress], object]] = []
-        self.add_done_callback(lambda job: self._end())
-
-    def watch(self, callback: Callable[[Progress], object]) -> None:
-        """Have `callback` called with each `Progress` from now on, in the engine's thread; with "x0" where it was there
-        before the job ran."""
-        self._watchers.append(callback)
-        callback(self.progress)
-
-    @property
-    def watched(self) -> bool:
-        return bool(self._watchers)
-
-    def cancel(self) -> bool:
-        """True unless it was done already."""
-        if super().cancel():
-            return True
-        with suppress(InvalidStateError):
-            self.set_exception(CancelledError())
-        return self.cancelled()
-
-    def cancelled(self) -> bool:
-        return super().cancelled() or (self.done() and isinstance(self.exception(), CancelledError))
-
-    def report(self, **progress: Any) -> None:
-        """For the engine."""
-        if not self.done() or "state" in progress:
-            self.progress = Progress(**vars(self.progress) | progress)
-            for watcher in self._watchers:
-                watcher(self.progress)
-
-    def _end(self) -> None:
-        ended = "cancelled" if self.cancelled() else "failed" if self.exception() else "done"
-        self.report(state=ended, share=1.0 if ended == "done" else self.progress.share, remaining=None)
-
-
-@dataclass(frozen=True, eq=False)
-class _Checked:
-    """What is told of a request before it runs."""
-
-    key: tuple
-    """Jobs of one key may be decoded in one batch."""
-    latents: torch.Tensor | None = None
-    picture: Picture | None = None
-    plan: Plan | None = None
-    passes: int = 0
-    """Of the network over the image."""
 
 
 @dataclass
@@ -298,7 +157,7 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
 
-    def _check(self, request: Request) -> _Checked:
+    def _check(self, request: Request) -> Checked:
         if request.decoder not in self.pipelines:
             raise ValueError(f'no decoder "{request.decoder}": expected one of {", ".join(self.pipelines)}')
         pipeline = self.pipelines[request.decoder]
@@ -330,7 +189,7 @@ class Engine:
             larger = 1 if request.encode else scale
             self._check_size(larger * height, larger * width)
             if request.encode:
-                return _Checked((object(),), picture=None if isinstance(image, torch.Tensor) else read(image, "image"))
+                return Checked((object(),), picture=None if isinstance(image, torch.Tensor) else read(image, "image"))
             picture = read(image, "image")  # type: ignore[arg-type]
             height, width = (-(-side // cell) for side in (picture.rgb.height, picture.rgb.width))
         elif request.latents is None:
@@ -351,7 +210,7 @@ class Engine:
         if request.latents is None and request.image is None:
             key = (*key, object())  # the latent model makes them one by one
         passes = steps * (2 if pipeline.guides(request.guidance_scale) else 1)
-        return _Checked(key, latents, picture, layout, passes)
+        return Checked(key, latents, picture, layout, passes)
 
     def _check_generation(self, request: Request, pipeline: PixelDecoderPipeline) -> tuple[int, int]:
         """Cells of the latents that the latent model will make."""

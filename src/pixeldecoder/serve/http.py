@@ -30,7 +30,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pixeldecoder import __version__
 from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.serve import api, remote
-from pixeldecoder.serve.engine import ClosedError, Engine, TooLargeError
+from pixeldecoder.serve.engine import Engine
+from pixeldecoder.serve.jobs import ClosedError, TooLargeError
 from pixeldecoder.serve.service import Service, Settings
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, HTTPException, Query
+from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from pixeldecoder.latents import SPACES, check_factors, denormalise
 from pixeldecoder.pipeline import postprocess
-from pixeldecoder.serve.engine import Request, TooLargeError
+from pixeldecoder.serve.jobs import Request, TooLargeError
 from pixeldecoder.serve.results import TYPES, picture_bytes
 from pixeldecoder.serve.service import Service
 
@@ -129,9 +129,7 @@ def routes(service: Service) -> APIRouter:
 
 def _decoder(service: Service, query: Common):
     """Its name and latent space; raises ValueError if the query's factors are those of another."""
-    name = query.decoder or service.default_decoder
-    if name not in service.engine.pipelines:
-        raise HTTPException(404, f'no decoder "{name}": expected one of {", ".join(service.engine.pipelines)}')
+    name = service.decoder(query.decoder)
     space = SPACES.get(service.engine.pipelines[name].config.latent_space or "")
     check_factors(space, query.scaling_factor, query.shift_factor)
     return name, space

@@ -8,7 +8,9 @@ from PIL import Image
 from pixeldecoder import __version__, provenance
 from pixeldecoder.files import image_bytes
 from pixeldecoder.pictures import read
-from pixeldecoder.serve.engine import Engine, Request, Result
+from pixeldecoder.pipeline import PixelDecoderPipeline
+from pixeldecoder.serve.engine import Engine
+from pixeldecoder.serve.jobs import Request, Result
 
 TYPES = {"png": "image/png", "webp": "image/webp", "jpg": "image/jpeg"}
 """Of the files that are made, by their suffix."""
@@ -53,7 +55,9 @@ def how_made(
         "device": pipeline._execution_device.type,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
     }
-    if layout is not None:
-        made |= {"tile": str(max(layout.tiles.height, layout.tiles.width)) if layout.tiled else "none"}
-        made |= {"chunk": layout.chunk_size} | ({"tile_overlap": layout.tiles.overlap} if layout.tiled else {})
-    return made
+    return made if layout is None else made | layout.options()
+
+
+def license_of(name: str, pipeline: PixelDecoderPipeline) -> str | None:
+    """Of a decoder's weights, if it tells; the bundled one's are this project's."""
+    return "Apache-2.0" if name == "nano" else pipeline.config.license

@@ -19,7 +19,8 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from pixeldecoder.pictures import to_image
-from pixeldecoder.serve.engine import ClosedError, Engine, Job, Progress, Request, Result
+from pixeldecoder.serve.engine import Engine
+from pixeldecoder.serve.jobs import ClosedError, Job, Progress, Request, Result
 
 LEFT = 499
 """Status that is counted where the client left; nobody reads it."""
@@ -82,9 +83,14 @@ class Service:
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings = engine, settings
-        self.default_decoder = next(iter(engine.pipelines))
         self.jobs: dict[str, Background] = {}
         self.draining = False
+
+    def decoder(self, name: str | None) -> str:
+        """By default the first; raises a 404 for one that is not there."""
+        if name is not None and name not in self.engine.pipelines:
+            raise HTTPException(404, f'no decoder "{name}": expected one of {", ".join(self.engine.pipelines)}')
+        return name or next(iter(self.engine.pipelines))
 
     async def answer(
         self, http: HttpRequest, requests: Sequence[Request], timeout: float | None = None

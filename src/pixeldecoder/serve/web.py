@@ -25,8 +25,9 @@ from pixeldecoder.files import LATENT_SUFFIXES, inspect_latents, load_latents, r
 from pixeldecoder.latents import SPACES, normalise_file
 from pixeldecoder.pictures import SUFFIXES, read, size, to_image
 from pixeldecoder.plan import duration
-from pixeldecoder.serve.engine import ClosedError, Engine, Job, Progress, Request
-from pixeldecoder.serve.results import how_made, picture_bytes
+from pixeldecoder.serve.engine import Engine
+from pixeldecoder.serve.jobs import ClosedError, Job, Progress, Request
+from pixeldecoder.serve.results import how_made, license_of, picture_bytes
 from pixeldecoder.serve.service import Service
 
 PATH = "/page"
@@ -135,7 +136,7 @@ def _licenses(engine: Engine) -> str:
     """Of the weights that are loaded."""
     lines = []
     for name, pipeline in engine.pipelines.items():
-        known = pipeline.config.license or ("Apache-2.0" if name == "nano" else "not told")
+        known = license_of(name, pipeline) or "not told"
         space = pipeline.config.latent_space or f"{pipeline.transformer.config.latent_channels} channels"
         lines.append(f"**{name}**: latents of {space}; licence of its weights: {known}.")
     if engine.latent_model is not None:
