@@ -536,6 +536,8 @@ def test_what_is_refused_before_anything_is_made():
 @pytest.mark.slow
 def test_actors_that_cannot_load_say_why():
     folder(range(2))
+    line = refused("--latent-space", "rgb")
+    assert line.startswith('pixeldecoder: no latent space "rgb": expected one of flux, ')
     line = refused("--steps", "5")
     assert line.startswith("pixeldecoder: --steps 5: a distilled decoder takes 1 to 4 steps, got 5")
     assert run().returncode == 0  # nothing was made with 5

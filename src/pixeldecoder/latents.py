@@ -203,11 +203,11 @@ def normalise_file(latents: Latents, decoded: str | None, stored: str | None, de
     Raises:
         ValueError: latents of another space, or some that cannot be normalised.
     """
+    space = find_latent_space(None, stored) if stored else SPACES.get(decoded or "")
     if latents.space and decoded and latents.space != decoded:
         raise ValueError(f"latents of the {latents.space} space, but {decoder} decodes those of {decoded}")
     if not latents.denormalized:
         return latents.tensor
-    space = find_latent_space(None, stored) if stored else SPACES.get(decoded or "")
     if space is None:
         raise ValueError(
             f"ComfyUI's latents are not normalised, and {decoder} does not tell its latent space: give --latent-space "

@@ -1,10 +1,12 @@
 """The server as programs see it: /v1, jobs, limits, errors, counts, its end."""
 
 import base64
+import contextlib
 import io
 import json
 import re
 import signal
+import socket
 import threading
 import time
 import zlib
@@ -331,6 +333,7 @@ HUGE = (2**40).to_bytes(8, "little") + b'{"latents":{}}'
         ("upscale", {"image": png(photo())}, {"decoder": "../.."}, 404, 'no decoder "../.."'),
         ("upscale", {}, {"sigma": 0}, 422, "image: Field required"),
         ("upscale", {"image": b""}, {}, 422, "image: Data should have at least 1 byte"),
+        ("decode", {"latents": ("z.safetensors", held(latents(0)))}, {"latent_space": "rgb"}, 400, "no latent space"),
         ("decode", {"latents": ("z.zip", b"123")}, {}, 400, "expected one that ends in .safetensors"),
         ("decode", {"latents": ("../../z.safetensors", HUGE)}, {}, 400, "latents.safetensors: not a readable file"),
         ("decode", {"latents": ("z.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, "
@@ -345,6 +348,55 @@ def test_bad_input(client, path, files, data, status, message):
     response = client.post(f"/v1/{path}", files=files, data=data) if files else client.post(f"/v1/{path}", data=data)
     assert message in told(response, status)
     assert client.get("/readyz").status_code == 200
+
+
+def test_a_fault_of_ours_is_told_without_its_text():
+    """And leaves the connection to the next request."""
+    tiny = tiny_pipeline()
+    said = ["a secret of /home/me", "CUDA out of memory. Tried to allocate 2 GiB"]
+
+    def fail(*args):
+        raise RuntimeError(said.pop(0))
+
+    with serving(tiny) as client:
+        hook = tiny.transformer.register_forward_pre_hook(fail)
+        given = dict(files={"image": png(photo())}, data={"steps": 1})
+        assert (
+            told(client.post("/v1/upscale", **given), 500)
+            == "something is wrong in the server, which has written it down"
+        )
+        full = client.post("/v1/upscale", **given)
+        assert told(full, 503) == "out of memory: try a smaller image, or later" and full.headers["retry-after"]
+        hook.remove()
+        assert client.post("/v1/upscale", **given).status_code == 200
+
+
+def test_a_body_that_is_shorter_than_its_head_says(client):
+    """The server waits neither for what does not come, nor calls it a fault of its own that a client left."""
+    for length, status in (10**15, b"413"), (1000, b""):
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as one:
+            head = f"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}"
+            one.sendall(head.encode() + b"\r\n\r\n{")
+            if status:
+                assert one.recv(1000).split()[1] == status
+    line = 'pixeldecoder_requests_total{method="POST",route="/v1/upscale",status="499"}'
+    until = time.monotonic() + 30
+    while line not in (counts := client.get("/metrics").text) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert line in counts and 'status="500"' not in counts
+
+
+def test_pages_that_are_open_take_no_place_from_requests():
+    gate = Gate(tiny := tiny_pipeline())
+    with serving(tiny, queue_size=1, max_batch=1) as client:
+        body = {"image": base64.b64encode(png(photo())).decode(), "background": True, "steps": 1}
+        job = client.post("/v1/upscale", json=body).headers["location"]
+        assert gate.entered.wait(60)
+        with contextlib.ExitStack() as stack:
+            for _ in range(6):  # more than twice of what may wait and run
+                stack.enter_context(client.stream("GET", job + "/events"))
+            assert client.post("/v1/upscale", json=body).status_code == 202
+            gate.opened.set()
 
 
 def test_bad_bodies(client):

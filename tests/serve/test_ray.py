@@ -12,6 +12,7 @@ from diffusers.utils.remote_utils import remote_decode
 
 from conftest import tiny_pipeline
 from pixeldecoder.execution import Execution
+from pixeldecoder.serve.service import Settings
 from serving import latents
 
 FLUX = dict(scaling_factor=0.3611, shift_factor=0.1159, output_type="pt", return_type="pt")
@@ -32,11 +33,23 @@ def url(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    replica = Replica((str(folder),), Execution("cpu", "float32"), queue_size=4, max_batch=1)
+    replica = Replica((str(folder),), Execution("cpu", "float32"), Settings(token="key"), queue_size=4, max_batch=1)
     serve.run(deployment(replica, replicas=2, cpus=0.5), name="pixeldecoder", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://any:key@127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
+
+
+def test_the_words_of_serve_run(monkeypatch):
+    from pixeldecoder.serve import ray as served
+
+    monkeypatch.setenv("PIXELDECODER_TOKEN", "key")
+    monkeypatch.setattr(served, "deployment", lambda *given: given)
+    replica, *numbers = served.build({"decoder": "mine", "device": "cpu", "replicas": "2", "gpus": "0.5"})
+    assert (replica.decoders, replica.execution.device, replica.settings.token) == (("mine",), "cpu", "key")
+    assert numbers == [2, 1, 0.5]
+    with pytest.raises(ValueError, match=r"^cpu, size: expected some of cpus, decoder, device, gpus, replicas$"):
+        served.build({"size": 1, "cpu": 2})
 
 
 @pytest.mark.slow
@@ -61,6 +74,7 @@ def test_the_same_answers_though_a_replica_is_killed(url):
             refused.append(response.status_code)
             time.sleep(0.2)
 
+    assert httpx.get(url.replace("key", "other") + "/v1/models").status_code == 401
     image = remote_decode(f"{url}/decode?seed=3", latents(3, 4, 4)[None], **FLUX)
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(40)]
     for thread in threads:
@@ -73,7 +87,9 @@ def test_the_same_answers_though_a_replica_is_killed(url):
     replicas[0].kill()
     for thread in threads:
         thread.join(240)
-    assert sorted(answers) == list(range(40)) and set(refused) <= {429, 500, 503}
+    assert (
+        sorted(answers) == list(range(40)) and set(refused) <= {429, 500, 503} and 429 in refused
+    )  # ours, before Ray's
     for seed, got in answers.items():
         alone = truth(latents(seed, 4, 4), generator=torch.Generator().manual_seed(seed), output_type="latent").images
         assert (got - alone.clamp(-1, 1)).abs().max() < 1e-4, seed

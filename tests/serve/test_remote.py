@@ -164,6 +164,7 @@ def test_there_and_back(url, pipeline):
         (dict(sigma="2"), "sigma: Input should be less than or equal to 1"),
         (dict(steps="9"), "1 to 4 steps, got 9"),
         (dict(colour="red"), "unknown field colour"),
+        (dict(seed=[1, 2]), "seed is there twice: expected it once"),
         (dict(decoder="other"), 'no decoder "other": expected one of tiny'),
     ],
 )

@@ -20,6 +20,7 @@ from pixeldecoder.files import read_made
 from pixeldecoder.serve.web import mount
 from serving import latents, photo, serving
 
+expect.set_options(timeout=30_000)  # of a machine that does other work, too
 SHOTS = os.environ.get("PIXELDECODER_SCREENSHOTS")
 """Folder for screenshots, to be looked at."""
 
@@ -90,7 +91,7 @@ def give(page, label: str, *files: Path) -> None:
     page.locator(".block", has=named).last.locator("input[type=file]").set_input_files([str(file) for file in files])
 
 
-def set_number(page, label: str, value: int) -> None:
+def set_number(page, label: str, value: int | str) -> None:
     page.get_by_label(label, exact=True).first.fill(str(value))
     page.get_by_label(label, exact=True).first.blur()
 
@@ -114,13 +115,15 @@ def test_upscale_download_and_restore(open_page, pipeline, picture, tmp_path):
     shoot(page, "empty")
     give(page, "Picture", picture)
     expect(page.get_by_role("tabpanel")).to_contain_text(re.compile(r"320 x 192, about \d+\.\d GB, about [\d.]+ s"))
-    set_number(page, "Seed", 7)
+    seed = 2**63 - 5  # which a browser's numbers do not hold
+    set_number(page, "Seed", seed)
+    page.get_by_label("Steps", exact=True).first.fill("")  # as 0
     page.get_by_role("button", name="Upscale", exact=True).click()
-    expect(page.locator("#told")).to_contain_text("320 x 192 px, seed 7", timeout=60_000)
+    expect(page.locator("#told")).to_contain_text(f"320 x 192 px, seed {seed}", timeout=60_000)
     shoot(page, "upscale")
     path = download(page, tmp_path)
-    truth = pipeline.upscale(Image.open(picture), generator=torch.Generator().manual_seed(7)).images[0]
-    assert Image.open(path).tobytes() == truth.tobytes() and read_made(path)["seed"] == 7
+    truth = pipeline.upscale(Image.open(picture), generator=torch.Generator().manual_seed(seed)).images[0]
+    assert Image.open(path).tobytes() == truth.tobytes() and read_made(path)["seed"] == seed
     expect(page.get_by_text("source_sha256")).to_be_visible()
     # Another visitor drops it back.
     page = open_page()
@@ -130,10 +133,13 @@ def test_upscale_download_and_restore(open_page, pipeline, picture, tmp_path):
         page.wait_for_timeout(1000)
     give(page, "A picture from here", path)
     expect(page.locator("#told")).to_contain_text("Settings of")
-    expect(page.get_by_label("Seed", exact=True).first).to_have_value("7")
+    expect(page.get_by_label("Seed", exact=True).first).to_have_value(str(seed))
     expect(page.get_by_label("Steps", exact=True).first).to_have_value("4")
     give(page, "A picture from here", picture)
     expect(page.locator("#told [role=alert]")).to_contain_text("does not say how it was made")
+    set_number(page, "Seed", "many")
+    give(page, "Picture", picture)
+    expect(page.get_by_role("tabpanel")).to_contain_text("seed 'many': expected a whole number from 0 to 2^63 - 1")
 
 
 def test_slider_by_mouse_and_keyboard(open_page, picture):
@@ -143,12 +149,33 @@ def test_slider_by_mouse_and_keyboard(open_page, picture):
     page.get_by_role("button", name="Upscale", exact=True).focus()
     page.keyboard.press("Enter")
     expect(page.locator("#told")).to_contain_text("320 x 192 px", timeout=60_000)
-    before = page.locator(".inner").first.bounding_box()
+    before, width = page.locator(".inner").first.bounding_box(), page.locator(".slider-wrap").bounding_box()["width"]
     page.mouse.move(before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
     page.mouse.down()
     page.mouse.move(before["x"] + 90, before["y"] + before["height"] / 2, steps=5)
     page.mouse.up()
     assert page.locator(".inner").first.bounding_box()["x"] > before["x"] + 50
+    # By the keyboard, from the button before it.
+    page.get_by_role("button", name="Fullscreen").focus()
+    handle = page.get_by_role("slider", name="Before and after")
+    page.keyboard.press("Tab")
+    expect(handle).to_be_focused()
+    assert handle.evaluate("one => getComputedStyle(one).outlineStyle") == "solid"
+    at = handle.bounding_box()["x"]
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
+    assert at - 0.2 * width < handle.bounding_box()["x"] < at - 0.1 * width
+    page.keyboard.press("ArrowRight")
+    assert handle.bounding_box()["x"] > at - 0.12 * width and 0 < int(handle.get_attribute("aria-valuenow")) < 100
+    # Zoom, by the wheel, of both pictures alike.
+    images = page.get_by_test_id("imageslider-image")
+    small = images.first.bounding_box()["width"]
+    box = images.first.bounding_box()
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.wheel(0, -500)
+    expect(images.first).to_have_attribute("style", re.compile(r"scale\(1\.[1-9]|scale\([2-9]|scale\(1\.0[1-9]"))
+    assert small < images.first.bounding_box()["width"] == images.last.bounding_box()["width"]
+    shoot(page, "zoomed")
 
 
 def test_decode_and_a_file_of_another_family(open_page, pipeline, tmp_path):
@@ -195,7 +222,9 @@ def test_batch(open_page, picture, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Batch").click()
     give(page, "Pictures and latents", picture, tmp_path / "broken.png", tmp_path / "z.safetensors")
-    expect(page.get_by_text("broken").first).to_be_visible()
+    panel = page.get_by_role("tabpanel")
+    expect(panel).to_contain_text(re.compile(r"3 files, about \d+\.\d GB, about [\d.]+ s"))
+    expect(panel).to_contain_text("broken.png: image: not a readable image")
     page.get_by_role("button", name="Do all").click()
     expect(page.locator("#told")).to_contain_text("2 of 3 made.", timeout=60_000)
     expect(page.locator("#told [role=alert]")).to_contain_text("broken.png: image: not a readable image")
@@ -240,8 +269,13 @@ def test_phone_and_dark(open_page, picture, width, scheme):
     expect(page.get_by_role("tabpanel")).to_contain_text("320 x 192")
     page.get_by_role("button", name="Upscale", exact=True).click()
     expect(page.locator("#told")).to_contain_text("320 x 192 px", timeout=60_000)
+    expect(page.locator("#told")).to_be_in_viewport()  # on a phone it is far below the button
     shoot(page, f"{scheme}-{width}")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing is cut off at the side
+    for tab in "Upscale", "Decode", "Generate", "Batch":
+        page.get_by_role("tab", name=tab).click()
+        expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing is cut off at the side
+        shoot(page, f"{scheme}-{width}-{tab}")
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]) > 128
     assert light == (scheme == "light")

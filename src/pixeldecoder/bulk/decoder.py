@@ -14,7 +14,7 @@ from pixeldecoder.bulk.output import RESULT
 from pixeldecoder.bulk.rows import read_row
 from pixeldecoder.bulk.settings import Settings, row_seed
 from pixeldecoder.errors import explain
-from pixeldecoder.latents import normalise_file
+from pixeldecoder.latents import find_latent_space, normalise_file
 from pixeldecoder.plan import Plan
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.jobs import Job, Request
@@ -31,6 +31,8 @@ class Decoder:
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        if settings.latent_space is not None:
+            find_latent_space(None, settings.latent_space)
         self.pipeline = settings.load()
         # One at a time: in a batch an image would differ in its last bits with its neighbours, which chance decides.
         self.engine = Engine({settings.decoder: self.pipeline}, settings.limits(), max_batch=1)

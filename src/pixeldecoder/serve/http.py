@@ -10,7 +10,7 @@ import queue
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,7 +33,7 @@ from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.serve import api, remote
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.jobs import ClosedError, TooLargeError
-from pixeldecoder.serve.service import Service, Settings
+from pixeldecoder.serve.service import LEFT, Service, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ OPEN = ("/healthz", "/readyz")
 """Paths that need no token."""
 SWALLOWED = 8
 """Times the largest body that is read, and thrown away, so that a client that sends too much can read the answer."""
+PATIENCE = 2.0
+"""Seconds for the next piece of such a body, which may be shorter than its head says."""
 DRAIN_SECONDS = 3.0
 """After the last job, in which its client may fetch the result."""
 EXAMPLES = """Pictures and latents in, pictures 4 or 8 times larger out.
@@ -93,7 +96,6 @@ def create_app(
         app.add_exception_handler(kind, _handler(service, status))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _http_error)
-    app.add_exception_handler(Exception, _handler(service, 500))
     _document_errors(app)
     app.add_middleware(Guard, service=service, counts=counts, paths=tuple(app.openapi()["paths"]))
     if page is not None:
@@ -109,6 +111,7 @@ ERRORS: tuple[tuple[type[Exception], int], ...] = (
     (queue.Full, 429),
     (ClosedError, 503),
     (TimeoutError, 503),
+    (ClientDisconnect, LEFT),
 )
 
 
@@ -197,7 +200,7 @@ class Guard:
                 return
             await self.app(scope, receive, send)
             return
-        begun, status, read = time.monotonic(), 500, 0
+        begun, status, read, started = time.monotonic(), 500, 0, False
         limit = self.service.settings.max_bytes
         headers = dict(scope["headers"])
 
@@ -211,27 +214,35 @@ class Guard:
             return message
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
             await send(message)
 
-        self.busy += 1
+        posted = scope["method"] == "POST" and not scope["path"].startswith("/page")
+        self.busy += posted
         try:
-            response = self._refuse(scope, headers, limit)
+            response = self._refuse(scope, headers, limit, posted)
             if response is not None:
                 if response.status_code == 413:
                     await _swallow(receive, {"more_body": True}, SWALLOWED * limit)
                 await response(scope, receive, noting)
             else:
                 await self.app(scope, counting, noting)
+        except (
+            Exception
+        ) as raised:  # here, as what uvicorn sees of it ends the connection, and the next request with it
+            if started:
+                raise
+            logger.error("a fault of ours", exc_info=raised)
+            await _handler(self.service, 500)(HttpRequest(scope), raised)(scope, receive, noting)
         finally:
-            self.busy -= 1
+            self.busy -= posted
             other = "page" if scope["path"].startswith("/page") else "other"
             route = next((path for path in self.paths if _matches(path, scope["path"])), other)
             self.counts.note(scope["method"], route, status, time.monotonic() - begun)
 
-    def _refuse(self, scope: Scope, headers: dict[bytes, bytes], limit: int) -> Response | None:
+    def _refuse(self, scope: Scope, headers: dict[bytes, bytes], limit: int, posted: bool) -> Response | None:
         engine = self.service.engine
         if not self._allowed(scope):
             told = {"WWW-Authenticate": 'Basic realm="pixeldecoder", Bearer'}
@@ -239,7 +250,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return error(413, f"a body of {int(length)} bytes: at most {limit} are taken here")
-        if scope["method"] == "POST" and not scope["path"].startswith("/page"):
+        if posted:
             waits = engine.waiting >= engine.queue_size
             # Bodies are held from when they are read: not many more than can wait.
             if waits or self.busy > 2 * (engine.queue_size + engine.max_batch):
@@ -263,9 +274,11 @@ class Guard:
 
 
 async def _swallow(receive: Receive, message: Message, most: int) -> None:
-    while message.get("more_body") and most > 0:
-        message = await receive()
-        most -= len(message.get("body", b""))
+    """What is still on its way, unless it does not come."""
+    with suppress(TimeoutError):
+        while message.get("more_body") and most > 0:
+            message = await asyncio.wait_for(receive(), PATIENCE)
+            most -= len(message.get("body", b""))
 
 
 class Counts(Collector):

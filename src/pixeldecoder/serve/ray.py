@@ -5,6 +5,7 @@
 Each replica's own queue is smaller than what Ray sends it at a time, so that a full one answers 429 itself.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +60,16 @@ def deployment(replica: Replica, replicas: int = 1, cpus: float = 1, gpus: float
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """For `serve run`, whose words are `decoder`, `device`, `replicas`, `cpus` and `gpus`."""
+    """For `serve run`, whose words are `decoder`, `device`, `replicas`, `cpus` and `gpus`; the token is that of
+    $PIXELDECODER_TOKEN."""
     known = {"decoder", "device", "replicas", "cpus", "gpus"}
     if unknown := set(args) - known:
         raise ValueError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}")
-    replica = Replica((args.get("decoder", "nano"),), Execution(device=args.get("device", "auto")))
+    replica = Replica(
+        (args.get("decoder", "nano"),),
+        Execution(device=args.get("device", "auto")),
+        Settings(token=os.environ.get("PIXELDECODER_TOKEN") or None),
+    )
     return deployment(
         replica, int(args.get("replicas", 1)), float(args.get("cpus", 1)), float(args.get("gpus", 0))
     )  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -67,7 +67,7 @@ class Encode(Common):
 
 def routes(service: Service) -> APIRouter:
     """`/decode` and `/encode`."""
-    router = APIRouter(tags=["diffusers"])
+    router = APIRouter(tags=["diffusers"], dependencies=[Depends(_once)])
 
     @router.post("/decode", **_described(TENSOR, "image/jpeg", "image/png"))
     async def decode(http: HttpRequest, query: Annotated[Decode, Query()]) -> Response:
@@ -125,6 +125,14 @@ def routes(service: Service) -> APIRouter:
         return _response(latents)
 
     return router
+
+
+async def _once(http: HttpRequest) -> None:
+    """Of the query, only `shape` is repeated."""
+    names = [name for name, _ in http.query_params.multi_items() if name != "shape"]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is there twice: expected it once")
 
 
 def _decoder(service: Service, query: Common):

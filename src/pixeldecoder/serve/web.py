@@ -24,32 +24,71 @@ from pixeldecoder.errors import explain
 from pixeldecoder.files import LATENT_SUFFIXES, inspect_latents, load_latents, read_made
 from pixeldecoder.latents import SPACES, normalise_file
 from pixeldecoder.pictures import SUFFIXES, read, size, to_image
-from pixeldecoder.plan import duration
+from pixeldecoder.plan import Plan, duration
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.jobs import ClosedError, Job, Progress, Request
 from pixeldecoder.serve.results import how_made, license_of, picture_bytes
 from pixeldecoder.serve.service import Service
 
 PATH = "/page"
+TRIED = 8
+"""Files that a batch is judged by."""
 SIGMA = (
     "Upscale: noise of this level is added to the picture's latents; more of it invents more, and does not make the "
     "picture better. Decode: the noise that the latents have, by default what their file says; a higher one gives "
-    "another image, not a better one."
+    "another image, not a better one. Generate: not asked, as the latent model tells it."
 )
 THEME = gr.themes.Default().set(  # its own grey is too light to be read
     block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
 )
 CSS = """
 .gradio-container {max-width: 1400px !important; margin: auto}
-.told progress {width: 100%; height: 0.8rem; accent-color: var(--color-accent)}
+.told progress {width: 100%; height: 0.8rem; border: none; background: var(--background-fill-secondary)}
+.told progress::-webkit-progress-bar {background: var(--background-fill-secondary)}
+.told progress::-webkit-progress-value {background: var(--color-accent)}
+.told progress::-moz-progress-bar {background: var(--color-accent)}
 .told .wrong {color: var(--error-text-color); font-weight: 600}
+:focus-visible {outline: 2px solid var(--color-accent) !important; outline-offset: 2px}
 """
+JS = """() => {
+    const middle = box => [box.x + box.width / 2, box.y + box.height / 2];
+    const move = (handle, pixels) => {
+        const [x, y] = middle(handle.getBoundingClientRect());
+        const send = (to, kind, x) => to.dispatchEvent(
+            new MouseEvent(kind, {clientX: x, clientY: y, bubbles: true, view: window}));
+        send(handle, 'mousedown', x); send(window, 'mousemove', x + pixels); send(window, 'mouseup', x + pixels);
+    };
+    const tell = handle => {
+        const box = handle.parentElement.getBoundingClientRect();
+        const share = (middle(handle.getBoundingClientRect())[0] - box.x) / box.width;
+        handle.setAttribute('aria-valuenow', Math.round(100 * share));
+    };
+    new MutationObserver(() => {
+        for (const handle of document.querySelectorAll('[data-testid=slider]:not([tabindex])')) {
+            const facts = {tabindex: 0, role: 'slider', 'aria-label': 'Before and after', 'aria-valuenow': 50};
+            for (const name in facts) handle.setAttribute(name, facts[name]);
+        }
+    }).observe(document.body, {childList: true, subtree: true});
+    document.addEventListener('keydown', event => {
+        const sign = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+        if (!sign || event.target.dataset?.testid !== 'slider') return;
+        event.preventDefault();
+        move(event.target, sign * event.target.parentElement.clientWidth / 20);
+        requestAnimationFrame(() => tell(event.target));
+    });
+    document.addEventListener('click', event => {
+        const told = document.getElementById('told');
+        if (event.target.closest('button.primary') && told.getBoundingClientRect().top > window.innerHeight)
+            told.scrollIntoView({behavior: 'smooth'});
+    });
+}"""
+"""What gradio lacks: the slider by the arrow keys, and on a phone the way from the button to what it does."""
 
 
 def mount(app: FastAPI, service: Service) -> FastAPI:
     """The page of a server, at `PATH`; nothing of it is fetched from another machine."""
     return gr.mount_gradio_app(
-        app, page(service.engine), PATH, css=CSS, theme=THEME, footer_links=[],
+        app, page(service.engine), PATH, css=CSS, js=JS, theme=THEME, footer_links=[],
         max_file_size=service.settings.max_bytes, show_error=True, ssr_mode=False, enable_monitoring=False,
     )  # fmt: skip
 
@@ -83,7 +122,7 @@ def page(engine: Engine) -> gr.Blocks:
                             label="Pictures and latents", file_types=[*SUFFIXES, *LATENT_SUFFIXES], height=160,
                             file_count="multiple",
                         )  # fmt: skip
-                        batch = gr.Button("Do all", variant="primary")
+                        batch, batch_takes = gr.Button("Do all", variant="primary"), gr.Markdown()
                 with gr.Group():
                     decoder = gr.Dropdown(names, value=names[0], label="Decoder", visible=len(names) > 1)
                     prompt = gr.Textbox(label="Prompt, for the decoder", visible=reads_text)
@@ -91,7 +130,7 @@ def page(engine: Engine) -> gr.Blocks:
                     steps = gr.Number(
                         0, label="Steps", precision=0, minimum=0, info="0: what the decoder was made for."
                     )
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                    seed = gr.Textbox("0", label="Seed")  # a browser's numbers have 53 bits, and seeds 63
                 dice = gr.Button("Another seed", size="sm")
                 with gr.Accordion("Restore settings", open=False):
                     old = gr.File(label="A picture from here", file_types=[".png", ".webp", ".jpg"], height=100)
@@ -126,8 +165,9 @@ def page(engine: Engine) -> gr.Blocks:
             gr.on([one.change for one in inputs], estimate, inputs, takes, **quick)
         latents.upload(running.sigma, [latents, sigma], sigma, **quick)
         batch.click(running.many, [many, *settings], outputs, **same)
+        gr.on([one.change for one in (many, *settings)], running.estimate_many, [many, *settings], batch_takes, **quick)
         cancel.click(running.cancel, key, None, **quick)
-        dice.click(lambda: random.randrange(2**31), None, seed, **quick)
+        dice.click(lambda: str(random.randrange(2**31)), None, seed, **quick)
         old.upload(running.restore, [old, *settings], [*settings, told, old], **quick)
     return blocks
 
@@ -169,7 +209,22 @@ class Running:
         latent = ", and the latent model's time" if command == "generate" else ""
         size = self._size(request, layout)
         of = _about(Path(source)) if command == "decode" else ""
-        return f"{of}{size}{tiles}, about {layout.memory / 1e9:.1f} GB, about {duration(seconds)}{latent}"
+        return f"{of}{size}{tiles}, {_takes(layout, seconds)}{latent}"
+
+    def estimate_many(self, paths: list[str] | None, *values: Any) -> str:
+        """Of a batch, judged by some of it."""
+        if not paths:
+            return ""
+        told, taken = [f"{len(paths)} files"], []
+        for path in map(Path, paths[:: -(-len(paths) // TRIED)]):
+            try:
+                taken.append(self.engine.estimate(self._one_of_many(path, values)[1]))
+            except Exception as error:
+                told.append(f"⚠️ {path.name}: {_line(error)}")
+        if taken:
+            largest = max((layout for layout, _ in taken), key=lambda layout: layout.memory)
+            told[0] += f", {_takes(largest, len(paths) * sum(seconds for _, seconds in taken) / len(taken))}"
+        return "<br>".join(told)
 
     def sigma(self, path: str | None, now: float) -> float:
         """What a file says of its latents."""
@@ -198,6 +253,7 @@ class Running:
             self.engine.estimate(replace(_settings(tuple(values)), image=Image.new("RGB", (16, 16))))
         except ValueError as error:
             return (*now, _wrong(error, Path(path).name), None)
+        values[4] = str(values[4])
         return (*values, f"Settings of {html.escape(Path(path).name)} restored; give its source again.", None)
 
     def one(self, command: str, source: Any, values: tuple) -> Iterator[tuple]:
@@ -265,10 +321,8 @@ class Running:
         yield (key, f"0 of {len(paths)}", *clear, gr.update(interactive=True))
         with zipfile.ZipFile(target, "w") as bundle:
             for number, path in enumerate(map(Path, paths), 1):
-                command = "decode" if path.suffix.lower() in LATENT_SUFFIXES else "upscale"
                 try:
-                    sigma = self.sigma(str(path), values[2]) if command == "decode" else values[2]
-                    request = self._request(command, str(path), (*values[:2], sigma, *values[3:]))
+                    command, request = self._one_of_many(path, values)
                     job = self.jobs[key] = self._submit(request)
                     while not job.done():
                         progress = (number - 1 + job.progress.share) / len(paths)
@@ -295,6 +349,12 @@ class Running:
         bundled = gr.update(value=str(target), interactive=bool(done))
         yield (key, label, None, bundled, None, gr.update(interactive=False))
         shutil.rmtree(target.parent)  # gradio has made a copy
+
+    def _one_of_many(self, path: Path, values: tuple) -> tuple[str, Request]:
+        """A file of a batch, by what it is: its command, and what is asked of the engine."""
+        command = "decode" if path.suffix.lower() in LATENT_SUFFIXES else "upscale"
+        sigma = self.sigma(str(path), values[2]) if command == "decode" else values[2]
+        return command, self._request(command, str(path), (*values[:2], sigma, *values[3:]))
 
     def _latent_facts(self, request: Request) -> dict[str, Any]:
         """What a picture says of the latent model's run."""
@@ -334,7 +394,11 @@ class Running:
 
 def _settings(values: tuple) -> Request:
     decoder, prompt, sigma, steps, seed = values[:5]
-    return Request(decoder=decoder, prompt=prompt or "", sigma=sigma, steps=int(steps) or None, seed=int(seed or 0))
+    try:
+        seed = int(seed or 0)
+    except ValueError:
+        raise ValueError(f"seed {seed!r}: expected a whole number from 0 to 2^63 - 1") from None
+    return Request(decoder=decoder, prompt=prompt or "", sigma=sigma, steps=int(steps or 0) or None, seed=seed)
 
 
 def _wait(job: Job | None) -> None:
@@ -342,6 +406,10 @@ def _wait(job: Job | None) -> None:
         time.sleep(0.2)
     else:
         wait([job], timeout=0.5)
+
+
+def _takes(layout: Plan, seconds: float) -> str:
+    return f"about {layout.memory / 1e9:.1f} GB, about {duration(max(0.1, seconds))}"
 
 
 def _about(path: Path) -> str:
