@@ -502,7 +502,7 @@ def test_10_bad_rows_among_500_are_tried_again_when_asked():
     check_pictures("files", expected, every=10)
     before = {path: path.stat().st_mtime_ns for path in Path("out/images").rglob("*.png")}
     again = run(*words)  # nothing to do, and so without Ray
-    assert again.returncode == 2 and "500 of them in earlier runs; 0 in 0 s" in again.stdout
+    assert again.returncode == 2 and "500 of them in earlier runs; 0 in " in again.stdout
     Path("in/bad1.safetensors").unlink()  # one is repaired, one is gone
     save_file({"latents": latents(77)}, "in/bad1.safetensors")
     Path("in/bad0.npy").unlink()

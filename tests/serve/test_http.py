@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import io
 import json
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 import zlib
 
 import httpx
@@ -182,6 +184,30 @@ def test_a_job_tells_how_far_it_is(client, pipeline):
     assert pictures and all(picture.size == (160, 96) for picture in pictures)
     result = client.get(response.headers["location"] + "/result")
     assert opened(result.content).format == "WEBP" and client.get(response.headers["location"]).json()["step"] == 4
+
+
+def test_a_job_that_has_ended_holds_its_file_alone(pipeline):
+    jobs = []
+    with serving(pipeline) as client:
+        submit = client.engine.submit
+
+        def noted(*given):
+            job = submit(*given)
+            jobs.append(weakref.ref(job))
+            return job
+
+        client.engine.submit = noted
+        places = []
+        for file in latents(1), torch.full((16, 2, 2), 3e38):  # which fails
+            given = dict(files={"latents": ("z.safetensors", held(file))}, data={"background": "1"})
+            places.append(client.post("/v1/decode", **given).headers["location"])
+            with client.stream("GET", places[-1] + "/events") as stream:
+                assert events(stream.iter_lines())[-1][1]["step"] >= 1
+        assert client.get(places[0] + "/result").status_code == 200
+        assert client.get(places[1] + "/result").status_code == 400
+        gc.collect()
+        assert len(jobs) == 2 and [job() for job in jobs] == [None, None]
+        assert [client.get(place).json()["status"] for place in places] == ["done", "failed"]
 
 
 def test_a_job_is_cancelled(pipeline):

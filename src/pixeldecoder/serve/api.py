@@ -151,7 +151,8 @@ def routes(service: Service) -> APIRouter:
     async def cancel(id: str) -> dict[str, Any]:
         """Cancel a job, which stops after the tile at hand."""
         background = service.job(id)
-        background.job.cancel()
+        if background.job is not None:
+            background.job.cancel()
         return background.status()
 
     @router.get(
@@ -200,7 +201,7 @@ async def _answer(
         return JSONResponse({"created": int(time.time()), "data": [{"b64_json": base64.b64encode(file).decode()}]})
 
     if body.background:
-        background = await service.start(request, respond)
+        background = await service.start(request, respond, body.timeout)
         return JSONResponse(background.status(), 202, {"Location": f"/v1/jobs/{background.id}"})
     return await respond((await service.answer(http, [request], body.timeout))[0])
 

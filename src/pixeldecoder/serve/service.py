@@ -28,7 +28,7 @@ ENDED = ("done", "failed", "cancelled")
 KEPT_JOBS = 256
 """Background jobs that are remembered; the oldest finished ones are forgotten first."""
 KEPT_BYTES = 512 * 2**20
-"""Of their results."""
+"""Of their results and previews."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Background:
     """A job that its client asks about."""
 
     id: str
-    job: Job
+    job: Job | None
+    """Until it ends, as it holds what was sent and the image in floats."""
+    ended: Progress = field(default_factory=Progress)
     created: float = field(default_factory=time.time)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     finish: asyncio.Task | None = None
@@ -56,15 +58,25 @@ class Background:
     error: Exception | None = None
 
     @property
+    def progress(self) -> Progress:
+        return self.ended if self.job is None else self.job.progress
+
+    @property
+    def kept(self) -> int:
+        """Bytes."""
+        x0 = self.progress.x0
+        return (0 if self.response is None else len(self.response.body)) + (0 if x0 is None else x0.nbytes)
+
+    @property
     def state(self) -> str:
         """As its job's, which ends only once there is a file, or a reason why not."""
         if self.error is not None:
             return "failed"
-        state = self.job.progress.state
+        state = self.progress.state
         return "running" if state in ("done", "failed") and self.response is None else state
 
     def status(self) -> dict[str, Any]:
-        progress = self.job.progress
+        progress = self.progress
         remaining = None if progress.remaining is None else round(progress.remaining, 2)
         return {
             "id": self.id, "object": "job", "created": int(self.created), "status": self.state, "step": progress.step,
@@ -128,8 +140,11 @@ class Service:
             raise ClosedError("the server is being closed: no more requests are taken")
         return await run_in_threadpool(self.engine.submit, request, watcher)
 
-    async def start(self, request: Request, respond: Callable[[Result], Awaitable[Response]]) -> Background:
+    async def start(
+        self, request: Request, respond: Callable[[Result], Awaitable[Response]], timeout: float | None = None
+    ) -> Background:
         """Have a request done in the background; `respond` makes the response with its result, which is kept."""
+        allowed = min(timeout or math.inf, self.settings.deadline)
         loop = asyncio.get_running_loop()
         held: list[Background] = []
 
@@ -137,24 +152,25 @@ class Service:
             if held:
                 loop.call_soon_threadsafe(lambda: asyncio.ensure_future(_notify(held[0])))
 
-        background = Background(f"job-{uuid.uuid4().hex}", await self.submit(request, changed))
+        job = await self.submit(request, changed)
+        background = Background(f"job-{uuid.uuid4().hex}", job)
         held.append(background)
 
-        async def finish() -> None:
+        async def finish(job: Job) -> None:
             try:
-                result = await asyncio.wait_for(asyncio.wrap_future(background.job), self.settings.deadline)
-                background.response = await respond(result)
+                background.response = await respond(await asyncio.wait_for(asyncio.wrap_future(job), allowed))
             except TimeoutError:
-                background.error = TimeoutError(f"not done within {self.settings.deadline:g} seconds")
+                background.error = TimeoutError(f"not done within {allowed:g} seconds")
             except asyncio.CancelledError:
-                if not background.job.cancelled():
+                if not job.cancelled():
                     raise
             except Exception as error:
-                background.error = error
+                background.error = error.with_traceback(None)  # which would hold the job
+            background.ended, background.job = job.progress, None
             await _notify(background)
             self._forget()
 
-        background.finish = asyncio.create_task(finish())
+        background.finish = asyncio.create_task(finish(job))
         self.jobs[background.id] = background
         return background
 
@@ -167,7 +183,7 @@ class Service:
         """Server-sent events: "progress", with "x0" as a JPEG where there is a new one; the last is the job's end."""
         shown: torch.Tensor | None = None
         while True:
-            status, progress = background.status(), background.job.progress
+            status, progress = background.status(), background.progress
             if progress.x0 is not None and progress.x0 is not shown:
                 shown = progress.x0
                 status["x0"] = await run_in_threadpool(_jpeg, shown)
@@ -193,10 +209,10 @@ class Service:
 
     def _forget(self) -> None:
         ended = [one for one in self.jobs.values() if one.state in ENDED]
-        held = sum(len(one.response.body) for one in ended if one.response is not None)
+        held = sum(one.kept for one in ended)
         while ended and (len(self.jobs) > KEPT_JOBS or held > KEPT_BYTES):
             oldest = ended.pop(0)
-            held -= len(oldest.response.body) if oldest.response is not None else 0
+            held -= oldest.kept
             del self.jobs[oldest.id]
 
 
