@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -441,10 +442,10 @@ def bad_rows_among(good: int) -> tuple[dict[str, int], dict[str, str]]:
     return dict(zip(folder(range(good)), range(good), strict=True)), bad(10)
 
 
-def settings(sink: str, format: str = "png") -> Settings:
+def settings(sink: str, format: str = "png", url: str = "out") -> Settings:
     return Settings(
         decoder="nano", load=lambda: PixelDecoderPipeline.from_pretrained("nano", dtype=torch.float32), limits=Limits,
-        device="cpu", output=Output("out", sink, format, "12345678"), seed=0, steps=1, sigma=None, latent_space=None,
+        device="cpu", output=Output(url, sink, format, "12345678"), seed=0, steps=1, sigma=None, latent_space=None,
         prompt="", metadata=True,
     )  # fmt: skip
 
@@ -471,6 +472,34 @@ def test_a_bad_row_stops_no_other(sink):
     for row in (failed | told()).values():
         assert row["device"] == "cpu" and row["node"] and row["seconds"] > 0 and Path(row["url"]).is_file()
     check_pictures(sink, expected, every=2)
+
+
+@pytest.mark.parametrize("sink", ["files", "webdataset", "parquet"])
+def test_a_store_without_folders_and_locks(sink):
+    """Of fsspec's, as s3 is: whole objects alone."""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    expected = dict(zip(folder(range(3)), range(3), strict=True))
+    for path in Path("in").rglob("*.safetensors"):
+        store.pipe_file(f"/bucket/{path}", path.read_bytes())
+    torch.set_num_threads(1)
+    chosen = settings(sink, url="memory://bucket/out")
+    assert chosen.output.begin({"steps": 1}) is None
+    results = list(Decoder(chosen)(find_rows("memory://bucket/in", "memory://bucket/out")))
+    Sink(chosen.output, 64).write(results, SimpleNamespace(kwargs={"write_uuid": "run"}, task_idx=0))
+    store.get("/bucket/out", "out", recursive=True)
+    check_pictures(sink, expected)
+    assert told()["0001"]["url"] == "memory:///bucket/in/0001.safetensors"
+    with pytest.raises(ValueError, match="was made with steps 1, not 2"):
+        Output("memory://bucket/out", sink, "png", "87654321").check({"steps": 2})
+    (part,) = chosen.output.parts()  # as if the run had been killed before it was done
+    pending = part.replace("manifest", "checkpoint").replace(".parquet", ".pending.parquet")
+    store.pipe_file(pending, b"")
+    Output("memory://bucket/out", sink, "png", "12345678").begin({"steps": 1})
+    assert not chosen.output.parts() and not store.exists(pending)
+    assert not [path for path in store.find("/bucket/out/images") if not path.endswith(".png")]
+    with pytest.raises(RuntimeError, match="another run has taken over"):
+        chosen.output.join()
 
 
 def test_pictures_are_encoded_and_what_holds_neither_is_skipped():

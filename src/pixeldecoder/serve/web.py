@@ -164,8 +164,9 @@ def page(engine: Engine) -> gr.Blocks:
             button.click(run, inputs, outputs, **same)
             gr.on([one.change for one in inputs], estimate, inputs, takes, **quick)
         latents.upload(running.sigma, [latents, sigma], sigma, **quick)
-        batch.click(running.many, [many, *settings], outputs, **same)
-        gr.on([one.change for one in (many, *settings)], running.estimate_many, [many, *settings], batch_takes, **quick)
+        inputs = [many, *settings]
+        batch.click(running.many, inputs, outputs, **same)
+        gr.on([one.change for one in inputs], running.estimate_many, inputs, batch_takes, **quick)
         cancel.click(running.cancel, key, None, **quick)
         dice.click(lambda: str(random.randrange(2**31)), None, seed, **quick)
         old.upload(running.restore, [old, *settings], [*settings, told, old], **quick)
