@@ -153,7 +153,7 @@ def _cause(error: BaseException) -> Exception | None:
 def _started(address: str | None, actors: int | None, device: str) -> Iterator[tuple[int, dict[str, float]]]:
     """Ray, until the block ends; the number of actors, and what each of them takes."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     threads = 1
     if address is None:
         cores = os.cpu_count() or 1
@@ -179,7 +179,8 @@ def _started(address: str | None, actors: int | None, device: str) -> Iterator[t
         on_gpu = gpus or device == "cuda"  # which a cluster that grows may have later
         yield actors or gpus or 1, {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": threads}
     finally:
-        ray.shutdown()
+        with _quiet():  # an actor's error may still arrive, after what is told of it
+            ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:
