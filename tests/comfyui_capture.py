@@ -1,4 +1,5 @@
-"""Run by `test_comfyui.py` in ComfyUI's folder: latents captured from its samplers are what its model was given."""
+"""Tiny models of ComfyUI's own classes. Run by `test_comfyui.py` in ComfyUI's folder: latents captured from its
+samplers are what its model was given; and how its families normalise a LATENT."""
 
 import importlib
 import json
@@ -39,14 +40,39 @@ MODELS = {
 }  # fmt: skip
 
 
+FAMILIES = {
+    "flux": ("Flux", "ZImage", "Chroma", "Boogu"),
+    "sd3": ("SD3",),
+    "sdxl": ("SDXL",),
+    "qwenimage": ("QwenImage", "Krea2", "Anima", "WAN21_T2V"),
+    "flux2": ("Flux2", "ErnieImage"),
+}
+"""ComfyUI's classes, by the space of the decoder that takes their latents."""
+
+
+def process_in(name: str) -> list[float]:
+    """What a class makes of 2 x - 1, x = 0, 1 / C, ... by channel."""
+    form = getattr(supported, name).latent_format()
+    z = 2 * torch.arange(form.latent_channels) / form.latent_channels - 1
+    return form.process_in(z.reshape(1, -1, *[1] * form.latent_dimensions)).flatten().tolist()
+
+
 @torch.no_grad()
-def run(space: str, sampler: str, step: int, steps: int = 5) -> dict[str, float]:
+def tiny(space: str) -> tuple[comfy.model_patcher.ModelPatcher, list]:
+    """A model of random weights, and a prompt for it."""
     torch.manual_seed(0)
     model = MODELS[space].get_model({}, "")
     for parameter in model.diffusion_model.parameters():  # ComfyUI leaves them as they are
         parameter.data = torch.randn(parameter.shape) / max(1, parameter[0].numel()) ** 0.5
     cpu = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    text = [[torch.randn(1, 6, 16), {"pooled_output": torch.randn(1, 16), "guidance": 3.5}]]
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu), text
+
+
+@torch.no_grad()
+def run(space: str, sampler: str, step: int, steps: int = 5) -> dict[str, float]:
+    patcher, text = tiny(space)
+    model = patcher.model
     seen: list[tuple[float, torch.Tensor]] = []
 
     def record(apply, given):
@@ -55,7 +81,6 @@ def run(space: str, sampler: str, step: int, steps: int = 5) -> dict[str, float]
 
     patcher.set_model_unet_function_wrapper(record)
     guider = comfy.samplers.CFGGuider(patcher)
-    text = [[torch.randn(1, 6, 16), {"pooled_output": torch.randn(1, 16), "guidance": 3.5}]]
     guider.set_conds(text, text)
     sigmas = comfy.samplers.calculate_sigmas(model.model_sampling, "simple", steps)
     latent = {"samples": torch.zeros(1, model.latent_format.latent_channels, 4, 8)}
@@ -96,4 +121,5 @@ if __name__ == "__main__":
             run("flux", sampler, step)
         except ValueError as error:
             results[f"bad {sampler} {step}"] = str(error)
+    results["latents"] = {space: {name: process_in(name) for name in names} for space, names in FAMILIES.items()}
     print(json.dumps(results))

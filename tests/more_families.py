@@ -12,6 +12,7 @@ from diffusers import (
     BriaFibo2Transformer2DModel,
     BriaPipeline,
     BriaTransformer2DModel,
+    ChromaImg2ImgPipeline,
     ChromaPipeline,
     ChromaTransformer2DModel,
     ControlNetModel,
@@ -29,6 +30,7 @@ from diffusers import (
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxTransformer2DModel,
     HiDreamImagePipeline,
@@ -37,6 +39,7 @@ from diffusers import (
     HunyuanDiTPipeline,
     JoyImageEditPipeline,
     JoyImageEditTransformer3DModel,
+    Kandinsky5I2IPipeline,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Krea2Pipeline,
@@ -60,6 +63,7 @@ from diffusers import (
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
     SD3ControlNetModel,
@@ -136,6 +140,10 @@ def flux_kontext():
     return of_flux(FluxKontextPipeline), dict(FLUX_TEXT, image=PICTURE, max_area=32 * 64, _auto_resize=False)
 
 
+def flux_kontext_inpaint():
+    return of_flux(FluxKontextInpaintPipeline), dict(FLUX_TEXT, **MASKED, max_area=32 * 64, _auto_resize=False)
+
+
 def flux_fill():
     # Latents, masked latents, and the mask's 8 x 8 pixels to a cell.
     fill = flux_transformer(64 + 64 + 4 * 64, 64)
@@ -171,6 +179,12 @@ QWEN_TEXT = dict(prompt_embeds=embeds(16), prompt_embeds_mask=mask())
 def qwen_edit():
     pipe = of_qwen(QwenImageEditPipeline, processor=None)
     return pipe, dict(QWEN_TEXT, image=PICTURE)
+
+
+def qwen_edit_plus():
+    """Of several images, -2509 and -2511."""
+    pipe = of_qwen(QwenImageEditPlusPipeline, processor=None)
+    return pipe, dict(QWEN_TEXT, image=[PICTURE, PICTURE])
 
 
 def qwen_image_to_image():
@@ -274,6 +288,13 @@ def kandinsky5():
         prompt_cu_seqlens=torch.tensor([0, 6], dtype=torch.int32), guidance_scale=1.0,
     )  # fmt: skip
     return Kandinsky5T2IPipeline(transformer, kl(*FLUX), None, None, None, None, flow()), text
+
+
+def kandinsky5_image():
+    pipe, text = kandinsky5()
+    config = dict(pipe.transformer.config) | dict(visual_cond=True)
+    transformer = Kandinsky5Transformer3DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    return Kandinsky5I2IPipeline(transformer, pipe.vae, None, None, None, None, flow()), text | dict(image=PICTURE)
 
 
 def prx():
@@ -385,6 +406,12 @@ def chroma():
     return ChromaPipeline(flow(**DYNAMIC), kl(*FLUX), None, None, transformer), text
 
 
+def chroma_image():
+    pipe, text = chroma()
+    parts = (pipe.scheduler, pipe.vae, None, None, pipe.transformer)
+    return ChromaImg2ImgPipeline(*parts), text | dict(image=PICTURE, strength=1.0)
+
+
 def ovis():
     transformer = OvisImageTransformer2DModel(in_channels=64, **TINY, **AXES)
     text = dict(prompt_embeds=embeds(32), guidance_scale=1.0)
@@ -474,6 +501,7 @@ def anima():
 
 OTHERS = {
     "Flux Kontext": (flux_kontext, "flux"),
+    "Flux Kontext inpainting": (flux_kontext_inpaint, "flux"),
     "Flux Fill": (flux_fill, "flux"),
     "Flux Control": (flux_control, "flux"),
     "Flux ControlNet": (flux_controlnet, "flux"),
@@ -482,12 +510,14 @@ OTHERS = {
     "Z-Image image to image": (z_image_from_image, "flux"),
     "Z-Image inpainting": (z_image_inpaint, "flux"),
     "Chroma": (chroma, "flux"),
+    "Chroma image to image": (chroma_image, "flux"),
     "Ovis-Image": (ovis, "flux"),
     "LongCat-Image": (longcat, "flux"),
     "Bria": (bria, "flux"),
     "Lumina2": (lumina2, "flux"),
     "HiDream": (hidream, "flux"),
     "Kandinsky 5": (kandinsky5, "flux"),
+    "Kandinsky 5 image to image": (kandinsky5_image, "flux"),
     "PRX": (prx, "flux"),
     "SD3 ControlNet": (sd3_controlnet, "sd3"),
     "SD3 image to image": (sd3_image, "sd3"),
@@ -505,6 +535,7 @@ OTHERS = {
     "ERNIE-Image": (ernie, "flux2"),
     "Bria FIBO 2": (bria_fibo2, "flux2"),
     "QwenImage-Edit": (qwen_edit, "qwenimage"),
+    "QwenImage-Edit-Plus": (qwen_edit_plus, "qwenimage"),
     "QwenImage image to image": (qwen_image_to_image, "qwenimage"),
     "QwenImage inpainting": (qwen_inpaint, "qwenimage"),
     "QwenImage ControlNet": (qwen_controlnet, "qwenimage"),

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -33,16 +34,14 @@ def site(tmp_path_factory):
         pytest.skip("needs chromium")
     for name in "index.html", "decoder.js", "vendor.sh":
         shutil.copy(EXAMPLE / name, folder)
+    assert main(["export", "nano", str(folder / "decoder")]) == 0
     if (EXAMPLE / "vendor").is_dir():
         shutil.copytree(EXAMPLE / "vendor", folder / "vendor")
     else:
-        (folder / "decoder").mkdir()  # the graphs are exported below
         try:
             subprocess.run(["sh", folder / "vendor.sh"], check=True, capture_output=True, timeout=300)
         except (OSError, subprocess.SubprocessError) as error:
             pytest.skip(f"onnxruntime-web cannot be had: {error}")
-        (folder / "decoder").rmdir()
-    assert main(["export", "nano", str(folder / "decoder")]) == 0
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -141,12 +140,20 @@ def test_a_photo_in_the_page(page, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_page_tells(page, tmp_path):
+def test_what_a_page_tells(site, page, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "small.png")
     page.set_input_files("#photo", tmp_path / "small.png")
     page.click("#run")
     page.wait_for_function("document.getElementById('status').textContent.includes('smaller than 128 px')")
-    told = page.evaluate(
-        """async () => (await import("./decoder.js")).Decoder.load("nowhere").catch((error) => error.message)"""
-    )
-    assert told == "nowhere: no graphs there: run vendor.sh first"
+    manifest = json.loads((site[0] / "decoder" / "manifest.json").read_text())
+    for name, other in ("old", {"version": 9}), ("pt2", {"format": "pt2"}), ("text", {"text_embed_dim": 16}):
+        (site[0] / name).mkdir()
+        (site[0] / name / "manifest.json").write_text(json.dumps(manifest | other))
+    for name, message in (
+        ("nowhere", "no graphs there: run vendor.sh first"),
+        ("old", "onnx graphs of version 9, expected onnx of version 1"),
+        ("pt2", "pt2 graphs of version 1, expected onnx of version 1"),
+        ("text", "this page gives a decoder no text"),
+    ):
+        load = f"""async () => (await import("./decoder.js")).Decoder.load("{name}").catch((error) => error.message)"""
+        assert page.evaluate(load) == f"{name}: {message}"

@@ -10,12 +10,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from websockets.sync.client import connect
 
 from conftest import GOLDEN, TINY_NANO, tiny_pipeline
 from pixeldecoder.cli import main
@@ -90,7 +92,7 @@ def test_captured_latents(signal, noise, space, sigma):
     z, n = latents(space), torch.randn(latents(space).shape, generator=seeded(2))
     scale, shift = {"flux": (0.3611, 0.1159), "sdxl": (0.13025, 0.0)}[space]
     frame = SPACES[space].frame
-    latent = logic.captured(signal * z + noise * n, signal, noise, z.shape[1], lambda x: x / scale + shift, frame)
+    latent = logic.captured(signal * z + noise * n, signal, noise, SPACES[space], lambda x: x / scale + shift)
     taken, told = logic.normalised(latent, decoder(space), -1.0)
     keep = 1 - sigma if frame == "flow" else (1 - sigma**2) ** 0.5
     torch.testing.assert_close(taken, keep * z + sigma * n, atol=1e-5, rtol=1e-5)
@@ -98,6 +100,10 @@ def test_captured_latents(signal, noise, space, sigma):
     assert logic.normalised(latent, decoder(space), 0.1)[1] == 0.1  # what is set counts
     with pytest.raises(ValueError, match=rf"captured with noise of sigma {sigma:.4g} and have been changed since"):
         logic.normalised(latent | {"samples": latent["samples"][:1] * 1}, decoder(space), -1.0)
+    other = decoder(space)
+    other.register_to_config(latent_space={"flux": "sd3", "sdxl": "my own"}[space])  # as many channels
+    with pytest.raises(ValueError, match=f"captured from a model of {space}, and this decoder decodes those of"):
+        logic.normalised(latent, other, -1.0)
 
 
 def test_images_are_the_commands(tmp_path, monkeypatch):
@@ -155,10 +161,29 @@ def test_what_has_no_decoder():
         (torch.zeros(1, 16, 2, 2), -1.0),
     ):
         with pytest.raises(ValueError, match=r"expected latents of one image|no sum of image and noise"):
-            logic.captured(x, signal, 0.5, 16, lambda x: x, "flow")
+            logic.captured(x, signal, 0.5, SPACES["flux"], lambda x: x)
 
 
 # In ComfyUI
+
+
+TINY_FLUX = f"""
+import sys
+
+sys.path.append({str(Path(__file__).parent)!r})
+from comfyui_capture import tiny
+
+
+class TinyFlux:
+    FUNCTION, CATEGORY, RETURN_TYPES = "make", "tests", ("MODEL", "CONDITIONING")
+    INPUT_TYPES = classmethod(lambda cls: {{"required": {{}}}})
+
+    def make(self):
+        return tiny("flux")
+
+
+NODE_CLASS_MAPPINGS = {{"TinyFlux": TinyFlux}}
+"""
 
 
 class Server:
@@ -168,6 +193,7 @@ class Server:
         for folder in "custom_nodes", "input", "output", "temp", "user", "models/pixeldecoder":
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / "pixeldecoder").symlink_to(NODES)
+        (base / "custom_nodes" / "tiny_flux.py").write_text(TINY_FLUX)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -181,11 +207,11 @@ class Server:
             cwd=COMFYUI, stdout=self.log, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def ask(self, path: str, body: dict | None = None) -> dict:
+    def ask(self, path: str, body: dict | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+            return json.loads(answer.read() or "null")
 
     def wait(self, seconds: int = 400) -> None:
         until = time.monotonic() + seconds
@@ -273,14 +299,76 @@ def test_upscale_in_a_graph(server, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sampler_stopped_early_in_a_graph(server, tmp_path):
+    """The workflow with a tiny FLUX.1 in place of the real one: its captured latents and their sigma reach the node."""
+    graph = json.loads((NODES / "workflows" / "flux_stopped_early.json").read_text())
+    del graph["2"], graph["3"]
+    graph["1"] = node("TinyFlux")
+    graph["4"]["inputs"]["conditioning"] = ["1", 1]
+    graph["9"]["inputs"] |= {"width": 64, "height": 32}
+    graph["11"]["inputs"] |= {"decoder": "flux", "dtype": "float32"}
+    graph["sigma"] = node("PreviewAny", source=["10", 1])
+    graph["latents"] = node("SaveLatent", samples=["10", 0], filename_prefix="captured")
+    outputs = server.run(graph)
+    (sigma,) = outputs["sigma"]["text"]
+    assert 0.05 < float(sigma) < 0.5
+    (image,) = pictures(server, outputs, "13")
+    (saved,) = (server.base / "output").glob("captured*.latent")
+    folder = str(server.base / "models" / "pixeldecoder" / "flux")
+    given = ["--decoder", folder, "--dtype", "float32", "--device", "cpu", "--seed", "1", "--sigma", sigma]
+    assert main(["decode", str(saved), str(tmp_path / "a.png"), *given]) == 0
+    assert image.shape == (128, 256, 3) and image.std() > 10
+    assert np.abs(image - np.array(Image.open(tmp_path / "a.png"))).max() <= 1
+
+
+@pytest.mark.slow
+def test_bar_preview_and_button(server):
+    """ComfyUI's own: told of each step with a picture; and once it is asked to stop, no more of them."""
+    save_file(
+        {"latent_tensor": torch.zeros(8, 16, 6, 8), "latent_format_version_0": torch.tensor([])},
+        server.base / "input" / "many.latent",
+    )
+    graph = json.loads((NODES / "workflows" / "decode.json").read_text())
+    graph["1"]["inputs"] |= {"decoder": "flux", "dtype": "float32"}
+
+    def heard(latents: str, seed: int, stop: bool) -> tuple[list[tuple[int, int]], int, str]:
+        graph["2"]["inputs"]["latent"] = latents
+        graph["3"]["inputs"]["seed"] = seed
+        steps, previews = [], 0
+        with connect(f"ws{server.address[4:]}/ws?clientId=test", max_size=None) as events:
+            server.ask("/prompt", {"prompt": graph, "client_id": "test"})
+            while True:
+                event = events.recv(timeout=300)
+                if isinstance(event, bytes):
+                    previews += b"\xff\xd8\xff" in event[:64]  # a JPEG
+                    continue
+                event = json.loads(event)
+                if event["type"] == "progress" and event["data"]["node"] == "3":
+                    steps.append((event["data"]["value"], event["data"]["max"]))
+                    if stop and len(steps) == 1:
+                        server.ask("/interrupt", {})
+                if event["type"] in ("execution_success", "execution_interrupted", "execution_error"):
+                    return steps, previews, event["type"]
+
+    assert heard("flux.latent", 11, stop=False) == ([(step, 8) for step in range(1, 9)], 8, "execution_success")
+    steps, _, end = heard("many.latent", 12, stop=True)
+    assert end == "execution_interrupted" and len(steps) < 32
+
+
+@pytest.mark.slow
 def test_capture_from_comfyuis_samplers():
-    """What its model was given at that step, and its noise in the decoder's frame."""
+    """What its model was given at that step, and its noise in the decoder's frame; the golden values are its own."""
     if not COMFYUI:
         pytest.skip("COMFYUI_PATH names no ComfyUI")
     script = Path(__file__).with_name("comfyui_capture.py")
     done = subprocess.run([sys.executable, script], cwd=COMFYUI, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
+    families = results.pop("latents")
+    assert families.keys() == golden().keys()
+    for space, found in families.items():
+        for name, numbers in found.items():
+            assert numbers == pytest.approx(golden()[space], abs=1e-6), name
     told = {name: results.pop(name) for name in [*results] if name.startswith("bad ")}
     assert len(results) == 10
     for name, found in results.items():

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,11 @@ def exported(tmp_path_factory):
     pipeline, folder = tiny_pipeline(**SMALL), tmp_path_factory.mktemp("graphs") / "float32"
     pipeline.register_to_config(latent_space="flux", trained_size=64)
     pipeline.save_pretrained(folder.parent / "decoder")
+    heard = BufferingHandler(100)
+    logging.getLogger("torch").addHandler(heard)
     assert main(["export", str(folder.parent / "decoder"), str(folder)]) == 0
+    logging.getLogger("torch").removeHandler(heard)
+    assert not [record.getMessage() for record in heard.buffer if record.levelno >= logging.WARNING]
     return pipeline, folder
 
 
@@ -217,21 +223,39 @@ def test_small_weights(precision, exported, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_torch_archives(tmp_path):
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
+def test_torch_archives(precision, tolerance, tmp_path):
     pipeline = tiny_pipeline(**SMALL)
-    export(pipeline, tmp_path / "graphs", "pt2")
+    export(pipeline, tmp_path / "graphs", "pt2", precision)
     encode, velocity = (
         torch.export.load(tmp_path / "graphs" / f"{name}.pt2").module() for name in ("encode_latents", "velocity")
     )
-    for batch, height, width in SIZES:
+    for batch, height, width in [*SIZES, (1, 17, 2)]:  # the last larger than a base's band
         z, image = torch.randn(batch, 16, height, width), torch.randn(batch, 3, 32 * height, 32 * width)
         t, sigma = torch.rand(batch), torch.rand(batch)
         with torch.no_grad():
             v = velocity(image=image, t=t, sigma=sigma, features=list(encode(latents=z, sigma=sigma)))
             exact = pipeline.transformer(image, 1000 * t, latents=z, sigma=sigma).sample
-        torch.testing.assert_close(v, exact, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(v, exact, atol=tolerance, rtol=tolerance)
     with pytest.raises(ValueError, match="pt2 graphs of version 1, expected onnx of version 1: export them again"):
         onnx_pipeline(tmp_path / "graphs")
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs(exported):
+    recipe = Path(__file__).parents[1] / "recipes" / "export.py"
+    given = [str(exported[1].parent / "decoder"), "--sizes", "64", "96", "--precisions", "float16", "--repeats", "1"]
+    done = subprocess.run([sys.executable, recipe, *given], capture_output=True, text=True, check=True)
+    files, *rows = done.stdout.splitlines()
+    names = "encode_image", "encode_latents", "velocity"
+    float32 = [(exported[1] / f"{name}.onnx").stat().st_size / 1e6 for name in names]
+    found = {name: float(size) for name, size in re.findall(r"(\w+)\.onnx (\d+\.\d) MB", files)}
+    assert tuple(found) == names and all(x < y + 0.1 for x, y in zip(found.values(), float32, strict=True))
+    assert [row.split(":")[0] for row in rows] == [
+        f"{s} px, {n}" for s in (64, 96) for n in ("PyTorch", "ONNX, float16")
+    ]
+    decibels = [float(row.split()[-2]) for row in rows]
+    assert decibels[0] == decibels[2] == 120 and all(40 < x < 100 for x in decibels[1::2])
 
 
 def test_the_command(exported, tmp_path, monkeypatch, capsys):
@@ -294,9 +318,27 @@ def test_bad_graphs(exported, tmp_path):
             run_onnx(tmp_path, np.zeros((1, 16, 2, 2)), normal())
     with pytest.raises(ValueError, match=r"expected latents \(B, 16, h, w\), got \(1, 4, 2, 2\)"):
         run_onnx(folder, np.zeros((1, 4, 2, 2)), normal())
+    for sigma in [0.1, 0.5, 0.2], [[0.1], [0.5]], 1.5, [0.1, float("nan")]:
+        with pytest.raises(ValueError, match=r"expected sigma in \[0, 1\], one or one for each of 2 images, got"):
+            run_onnx(folder, np.zeros((2, 16, 2, 2)), normal(), sigma)
     with pytest.raises(ValueError, match="onnxruntime has no CUDAExecutionProvider here: expected some of"):
         run_onnx(folder, np.zeros((1, 16, 2, 2)), normal(), providers=["CUDAExecutionProvider"])
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_providers(exported, monkeypatch):
     assert providers()[-1] == "CPUExecutionProvider"
+    there = ["CPUExecutionProvider", "CoreMLExecutionProvider", "DmlExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    assert providers() == ["DmlExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
+    assert providers("mps") == ["CoreMLExecutionProvider", "CPUExecutionProvider"]
+    assert providers("cpu") == ["CPUExecutionProvider"]
+    with pytest.raises(ValueError, match="--device cuda: this onnxruntime has no CUDAExecutionProvider, only CPUExec"):
+        providers("cuda")
+    # Where the package has the provider and the machine not its libraries, onnxruntime goes on with the next.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *there])
+    with pytest.raises(ValueError, match="CUDAExecutionProvider does not work here: a library that it needs"):
+        onnx_pipeline(exported[1])
 
 
 def test_what_is_not_exported(tmp_path):

@@ -27,7 +27,7 @@ export class Decoder {
     if (!answer.ok) throw new Error(`${folder}: no graphs there: run vendor.sh first`);
     const manifest = await answer.json();
     if (manifest.version !== VERSION || manifest.format !== "onnx")
-      throw new Error(`${folder}: ${manifest.format} graphs of version ${manifest.version}, expected onnx of version 1`);
+      throw new Error(`${folder}: ${manifest.format} graphs of version ${manifest.version}, expected onnx of version ${VERSION}`);
     if (manifest.text_embed_dim !== null) throw new Error(`${folder}: this page gives a decoder no text`);
     const decoder = new Decoder();
     decoder.manifest = manifest;

@@ -1,10 +1,14 @@
 #!/bin/sh
-# onnxruntime-web from npm, into vendor/; nano's graphs, into decoder/. Then: python -m http.server
+# onnxruntime-web from npm, into vendor/; a decoder's graphs, nano's if none is named, into decoder/.
 set -e
-cd "$(dirname "$0")"
+here=$(dirname "$0")
+if [ $# -gt 0 ] || ! [ -d "$here/decoder" ]; then
+    rm -rf "$here/decoder"
+    pixeldecoder export "${1:-nano}" "$here/decoder"
+fi
+cd "$here"
 mkdir -p vendor
 archive=$(npm pack --silent onnxruntime-web@1.30.0)
 tar -xzf "$archive" --strip-components=2 -C vendor package/dist/ort.webgpu.bundle.min.mjs \
     package/dist/ort-wasm-simd-threaded.asyncify.mjs package/dist/ort-wasm-simd-threaded.asyncify.wasm
 rm "$archive"
-test -d decoder || pixeldecoder export "${1:-nano}" decoder

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from pixeldecoder import PixelDecoderPipeline
-from pixeldecoder.flow import Frame, add_noise
-from pixeldecoder.latents import SPACES, normalise
+from pixeldecoder.flow import add_noise
+from pixeldecoder.latents import SPACES, LatentSpace, normalise
 
 CAPTURED = "pixeldecoder"
 """Key in a LATENT of what `captured` says of it."""
@@ -18,28 +18,26 @@ def captured(
     x: torch.Tensor,
     signal: float,
     noise: float,
-    channels: int,
+    space: LatentSpace,
     process_out: Callable[[torch.Tensor], torch.Tensor],
-    frame: Frame,
 ) -> dict[str, Any]:
     """A sampler's latents, signal z + noise n, as a LATENT that knows how noisy it is.
 
     Args:
         x: in the latent model's own space, (B, C, h, w) or one frame (B, C, 1, h, w).
-        channels: that a decoder of this space takes.
+        space: the latent model's, to whose frame they are scaled.
         process_out: the latent model's way to a LATENT, which is not normalised.
-        frame: of the space, to which they are scaled.
 
     Raises:
         ValueError: several frames, other channels, or a sampler whose latents are no such sum.
     """
-    if x.ndim not in (4, 5) or (x.ndim == 5 and x.shape[2] != 1) or x.shape[1] != channels:
-        raise ValueError(f"expected latents of one image, (B, {channels}, h, w), got {tuple(x.shape)}")
-    total = signal + noise if frame == "flow" else math.hypot(signal, noise)
+    if x.ndim not in (4, 5) or (x.ndim == 5 and x.shape[2] != 1) or x.shape[1] != space.channels:
+        raise ValueError(f"expected latents of one image, (B, {space.channels}, h, w), got {tuple(x.shape)}")
+    total = signal + noise if space.frame == "flow" else math.hypot(signal, noise)
     if not (math.isfinite(total) and total > 0 and min(signal, noise) >= 0):
         raise ValueError(f"this model's latents are no sum of image and noise ({signal:g}, {noise:g})")
     samples = process_out(x.float() / total).cpu()
-    return {"samples": samples, CAPTURED: {"sigma": noise / total, "samples": samples}}
+    return {"samples": samples, CAPTURED: {"sigma": noise / total, "space": space.name, "samples": samples}}
 
 
 def find_space(process_in: Callable[[torch.Tensor], torch.Tensor], channels: int) -> str:
@@ -91,6 +89,11 @@ def normalised(latent: dict[str, Any], decoder: PixelDecoderPipeline, sigma: flo
                 f"these latents were captured with noise of sigma {sigma:.4g} and have been changed since, so that "
                 "nothing tells their noise now: set sigma, to 0 if they were finished"
             )
+    if told and decoder.config.latent_space not in (None, told["space"]):
+        raise ValueError(
+            f"these latents were captured from a model of {told['space']}, and this decoder decodes those of "
+            f"{decoder.config.latent_space}: load one of {told['space']}"
+        )
     if sigma > 1:
         raise ValueError(f"expected sigma in [0, 1], or -1 for what the latents say, got {sigma:g}")
     space = SPACES.get(decoder.config.latent_space or "")

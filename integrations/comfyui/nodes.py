@@ -205,7 +205,7 @@ class CaptureLatent(io.ComfyNode):
             float(model.model_sampling.noise_scaling(sigmas[step].cpu(), *pair))
             for pair in ((0 * one, 1 * one), (1 * one, 0 * one))
         )
-        latent = logic.captured(x, signal, level, space.channels, model.process_latent_out, space.frame)
+        latent = logic.captured(x, signal, level, space, model.process_latent_out)
         return io.NodeOutput(latent, latent[logic.CAPTURED]["sigma"])
 
 

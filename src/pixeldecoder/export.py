@@ -143,7 +143,8 @@ def export(pipeline: PixelDecoderPipeline, folder: Path, format: Format = "onnx"
     size, each = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, {0: Dim.AUTO}
     told: dict[str, Any] = {"image": image, "t": torch.ones(2), "sigma": torch.zeros(2), "features": features}
     dynamic: dict[str, Any] = {"image": size, "t": each, "sigma": each}
-    dynamic["features"] = [dict.fromkeys(range(x.ndim), Dim.AUTO) for x in features]
+    # A gate has one value to a token, and no more.
+    dynamic["features"] = [{i: Dim.AUTO for i, side in enumerate(x.shape) if side > 1} for x in features]
     if config.text_embed_dim is not None:
         told["prompt_embeds"] = torch.zeros(2, 7, config.text_embed_dim)
         dynamic["prompt_embeds"] = {0: Dim.AUTO, 1: Dim.AUTO}

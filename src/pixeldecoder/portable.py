@@ -35,7 +35,8 @@ def run_onnx(
         Images (B, 3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: no such folder, graphs of another version, latents of another space, no text where it is needed.
+        ValueError: no such folder, graphs of another version, latents of another space, a sigma that is none, no text
+            where it is needed.
     """
     manifest = read_manifest(folder)
     encode, velocity = (open_graph(folder, manifest, name, providers) for name in ("encode_latents", "velocity"))
@@ -47,7 +48,10 @@ def run_onnx(
     padded = np.pad(latents, ((0, 0), (0, 0), *((0, -side % whole) for side in latents.shape[2:])), mode="edge")
     shape = (batch, 3, *(side * cell for side in padded.shape[2:]))
     names = [output.name for output in encode.get_outputs()]
-    levels = np.ascontiguousarray(np.broadcast_to(np.asarray(sigma, np.float32), batch))
+    levels = np.asarray(sigma, np.float32)
+    if levels.shape not in ((), (batch,)) or not ((levels >= 0) & (levels <= 1)).all():
+        raise ValueError(f"expected sigma in [0, 1], one or one for each of {batch} images, got {sigma}")
+    levels = np.ascontiguousarray(np.broadcast_to(levels, batch))
     read = {"latents": padded.astype(np.float32), "sigma": levels}  # sigma for a base
     read = {node.name: read[node.name] for node in encode.get_inputs()}
     told = dict(zip(names, encode.run(None, read), strict=True)) | {"sigma": levels}  # once for all steps
