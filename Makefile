@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-gpu check
+.PHONY: demo test test-slow test-gpu check fuzz
 
 demo: .venv/installed
 	.venv/bin/pixeldecoder demo --overwrite
@@ -30,3 +30,8 @@ check: .venv/installed-test
 .venv/installed-test: .venv/installed
 	$(PIP) --editable '.[test]'
 	touch $@
+
+# CASES: of each parser of usual speed; 60000 are about a million in all.
+CASES ?= 60000
+fuzz: .venv/installed-test
+	nice .venv/bin/python tests/fuzz.py --cases $(CASES)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pixeldecoder.hub import download, is_hub_id
+from pixeldecoder.hub import download, hub_id, is_code, or_from_hub
 from pixeldecoder.latents import SPACES, flux2_statistics, normalise_flux2
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.presets import NANO
@@ -30,7 +30,7 @@ def load_image_encoder(
     Raises:
         ValueError: no such encoder, or an autoencoder whose normalisation is not known.
     """
-    if ":" in name and not Path(name).exists():
+    if is_code(name):
         module, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
@@ -57,10 +57,10 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
     name = SPACES[name].encoder if name in SPACES else name
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if not is_hub_id(name):
+        if hub_id(name) is None:
             raise ValueError(
-                f'no encoder "{name}": expected "nano", a latent space ({", ".join(SPACES)}), a folder (there is no '
-                'such folder), a Hub id (owner/name) or "module:function"'
+                f'no encoder "{name}": no such folder{or_from_hub(name)}: expected "nano", a latent space '
+                f'({", ".join(SPACES)}), a folder, a Hub id (owner/name) or "module:function"'
             )
         # A pipeline's root may hold its whole model in one file: take that only where there is no vae folder.
         folder = download(name, ["vae/*"])

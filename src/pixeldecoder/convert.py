@@ -15,8 +15,8 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pixeldecoder.errors import naming
-from pixeldecoder.files import read_tensors, write_whole
+from pixeldecoder.errors import blaming, naming
+from pixeldecoder.files import read_json, read_tensors, write_whole
 from pixeldecoder.models.folder import check_fit, listing
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import PRESETS, Preset, find_preset
@@ -309,7 +309,7 @@ def load_reference_model(
     Raises:
         ValueError: an unreadable file, or missing or unexpected tensors, which the message lists.
     """
-    with naming(path):
+    with naming(path), blaming(f"{path} could not be loaded"):
         state, config = read_reference(path, preset, **overrides)
         model = _network(config, state, path)
     return model if dtype is None else model.to(dtype)
@@ -328,8 +328,8 @@ def load_folder(path: str | Path) -> PixelDecoderTransformer2DModel:
     shards = sorted(path.glob("*.safetensors"))
     if not shards or not (path / "config.json").is_file():
         raise ValueError(f"{path}: expected a diffusers folder with config.json and .safetensors files")
-    config = {k: v for k, v in _read_json(path / "config.json").items() if k[:1] != "_" and k != "auto_map"}
-    with naming(path):
+    config = {k: v for k, v in read_json(path / "config.json").items() if k[:1] != "_" and k != "auto_map"}
+    with naming(path), blaming(f"{path} could not be loaded"):
         state = {name: tensor for shard in shards for name, tensor in load_checkpoint(shard).items()}
         return _network(config, state, path)
 
@@ -366,16 +366,6 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
         raise ValueError(f"{source}: settings that this version of pixeldecoder does not know: {listing(unknown)}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
-
-
 def folder_to_reference(folder: str | Path, path: str | Path) -> None:
     """Write the network in a diffusers folder as a reference checkpoint, and warn of what the file has no place for.
 
@@ -387,10 +377,10 @@ def folder_to_reference(folder: str | Path, path: str | Path) -> None:
     """
     path, settings, left_out = Path(path), {}, []
     if (index := Path(folder) / "model_index.json").is_file():
-        entries = {k: v for k, v in _read_json(index).items() if k[:1] != "_"}
+        entries = {k: v for k, v in read_json(index).items() if k[:1] != "_"}
         components = {name for name, value in entries.items() if isinstance(value, list)}
         left_out = [k for k in sorted(components - {"transformer", "scheduler"}) if entries[k][0] is not None]
-        scheduler = _read_json(Path(folder) / "scheduler" / "scheduler_config.json")
+        scheduler = read_json(Path(folder) / "scheduler" / "scheduler_config.json")
         settings = {"pipeline": {k: entries[k] for k in entries if k not in components}, "scheduler": scheduler}
     save_reference_checkpoint(load_folder(folder), path, settings)
     if path.suffix == ".pth" and settings:
@@ -461,7 +451,8 @@ def pipeline_settings(path: str | Path) -> dict[str, Any]:
     is_scheduler = isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)
     if not is_scheduler:
         raise ValueError(f"{path}: diffusers has no scheduler {config.get('_class_name')!r}")
-    return {"scheduler": scheduler.from_config(config), **settings["pipeline"]}
+    with blaming(f"{path}: its scheduler"):
+        return {"scheduler": scheduler.from_config(config), **settings["pipeline"]}
 
 
 _PIXEL_ADALN = re.compile(r"pixel_blocks\.\d+\.adaln\.")

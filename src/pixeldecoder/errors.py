@@ -22,9 +22,14 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
+LONGEST = 1200
+"""Letters of a message, which may cite a stranger's file."""
+
+
 def explain(error: Exception, command: str) -> str | None:
     """One line on what a user can do about an error; `None` for a fault of ours, whose traceback is wanted."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     training = command in ("train", "distill")
     if isinstance(error, ImportError):
         module = (error.name or "").partition(".")[0]
@@ -39,6 +44,11 @@ def explain(error: Exception, command: str) -> str | None:
     if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
         return text
     return None
+
+
+def printable(text: str) -> str:
+    """What strangers call their files and tensors shall not steer the terminal: shown as Python writes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def require(user: str, extra: str, *modules: str) -> None:
@@ -60,8 +70,13 @@ def blaming(what: str) -> Iterator[None]:
     """Whatever is raised at a broken folder, or in a function of one's own, as a ValueError that names it."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        if OUT_OF_MEMORY.search(str(error)):
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # A ValueError is meant for people, but not those of a parser.
+        if (
+            OUT_OF_MEMORY.search(str(error))
+            or type(error) is ValueError
+            or type(error).__module__.startswith(__package__)
+        ):
             raise
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.errors import blaming, naming
-from pixeldecoder.hub import cache_folder, download, unreachable
+from pixeldecoder.hub import cache_folder, download, is_code, repository, unreachable
 from pixeldecoder.latents import SPACES
 from pixeldecoder.models.layers import PatchBlock
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -151,11 +151,13 @@ def load_loras(pipeline: PixelDecoderPipeline, loras: Sequence[tuple[str, float]
 
 def load_diffusion_pipeline(name: str, dtype: torch.dtype, arguments: dict[str, Any]) -> Any:
     """`arguments` are those its call is to take."""
+    path = Path(name).expanduser()
+    source = str(path) if path.exists() else repository(name)
     try:
         with blaming(f"{name} could not be loaded"):
-            pipe = DiffusionPipeline.from_pretrained(os.path.expanduser(name), dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except OSError as error:
-        raise ValueError(str(error)) if Path(name).exists() else unreachable(name, error) from None
+        raise ValueError(str(error)) if path.exists() else unreachable(name, error) from None
     taken = inspect.signature(pipe.__call__).parameters
     if unknown := [key for key in arguments if key not in taken]:
         raise ValueError(f"--pipeline-args: {type(pipe).__name__} has no {unknown[0]}: expected {', '.join(taken)}")
@@ -168,7 +170,7 @@ def image_encoder(name: str, pipeline: PixelDecoderPipeline) -> Any:
         if pipeline.encoder is not None:
             return None
         if trained := pipeline.config.encoder_name:
-            if ":" in trained:  # no file has a module imported
+            if is_code(trained):  # no file has a module imported
                 raise ValueError(f"the decoder was trained with the encoder {trained}: give --encoder {trained}")
             try:
                 return load_encoder(trained, pipeline.device)

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ LONGEST_NAME = 255
 """Bytes of a file's name on nearly every file system."""
 LONGEST_EXIF = 65_000
 """Bytes of text that JPEG's one segment of EXIF holds beside the rest."""
+MOST_NAMES = 1_000_000
+"""That one pattern may stand for."""
 _ASCII = b"ASCII\0\0\0"
 """How EXIF marks the encoding of a comment."""
 LARGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}
@@ -260,6 +263,37 @@ def read_tensors(path: str | Path) -> Any:
         raise ValueError(f"{path}: refused: it is no file of plain tensors, or it holds pickled code") from None
     except Exception as error:  # a broken pickle raises whatever it likes
         raise ValueError(f"{path}: not a readable file of tensors, or truncated ({_first_line(error)})") from None
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that "{000..041}" and "{a,b}" stand for.
+
+    Raises:
+        ValueError: more than `MOST_NAMES`.
+    """
+    from braceexpand import braceexpand
+
+    ends = re.findall(r"\{-?(\d+)\.\.-?(\d+)", pattern)
+    if all(len(end) < 8 for pair in ends for end in pair):  # a range is made before the names are
+        names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
+        if len(names) <= MOST_NAMES:
+            return names
+    raise ValueError(f"{pattern:.200}: stands for more than {MOST_NAMES} files")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Settings, by name.
+
+    Raises:
+        ValueError: no such file, or something else in it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
 
 
 def check_image_size(path: Path, width: int, height: int) -> None:

@@ -13,7 +13,8 @@ from diffusers.utils import logging
 
 import pixeldecoder
 from pixeldecoder.convert import check_arguments, load_reference_model, pipeline_settings
-from pixeldecoder.hub import download, unreachable
+from pixeldecoder.files import read_json
+from pixeldecoder.hub import PREFIX, download, repository, unreachable
 from pixeldecoder.presets import (
     HUB_REPOSITORY,
     NANO,
@@ -56,7 +57,7 @@ class LoadedPipeline(DiffusionPipeline):
 
             hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
             try:
-                path = hf_hub_download(HUB_REPOSITORY, PRESETS[name].filename, **hub)
+                path = hf_hub_download(repository(PREFIX + HUB_REPOSITORY), PRESETS[name].filename, **hub)
             except OSError as error:
                 raise unreachable(f"{HUB_REPOSITORY}/{PRESETS[name].filename}", error) from None
             return cls.from_single_file(path, preset=name, **kwargs)
@@ -72,7 +73,17 @@ class LoadedPipeline(DiffusionPipeline):
                 f"{name}: nothing computes in {kwargs['dtype']}: give dtype=torch.bfloat16, and to save memory "
                 "pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn) afterwards"
             )
-        pipeline = super().from_pretrained(str(path) if path.is_dir() else name, **kwargs)
+        if not path.is_dir():
+            pipeline = super().from_pretrained(name, **kwargs)
+        else:
+            kwargs["local_files_only"] = True
+            for file in (path / "model_index.json", *path.glob("*/*config.json")):
+                read_json(file)  # diffusers would take a text for a Hub id, and ask for it
+            try:
+                pipeline = super().from_pretrained(str(path), **kwargs)
+            except OSError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"{name} could not be loaded: {reason}") from error
         if pipeline.config.license:
             _print_license(name, pipeline.config.license)
         return pipeline

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -87,11 +87,23 @@ def size(source: Path | bytes, name: object = None) -> tuple[int, int]:
         exif = Image.Exif()
         with suppress(Exception):  # broken EXIF turns nothing
             if image.format == "PNG":  # of which `getexif` would decode all
-                exif.load(image.info.get("exif", b""))
+                exif.load(_png_exif(image.fp))
             elif image.format != "TIFF":  # which Pillow turns itself
                 exif = image.getexif()
         turned = exif.get(ExifTags.Base.Orientation) in TURNED
         return (image.height, image.width) if turned else image.size
+
+
+def _png_exif(file: IO[bytes]) -> bytes:
+    """Of a PNG, which may have it after its pixels."""
+    exif = b""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4])
+        if head[4:] == b"eXIf":
+            exif, length = file.read(length), 0
+        file.seek(length + 4, io.SEEK_CUR)  # with its checksum
+    return exif
 
 
 @contextmanager

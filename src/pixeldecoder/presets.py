@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixeldecoder.hub import is_hub_id
+from pixeldecoder.hub import hub_id, or_from_hub
 
 NANO = Path(__file__).parent / "weights" / "nano"
 """The bundled decoder."""
@@ -131,8 +131,8 @@ def told_config(name: str) -> dict[str, Any] | None:
 
 def check_decoder_name(name: str) -> None:
     """Raises ValueError if there can be no decoder of that name."""
-    if name != "nano" and name not in PRESETS and not Path(name).expanduser().exists() and not is_hub_id(name):
+    if name != "nano" and name not in PRESETS and not Path(name).expanduser().exists() and hub_id(name) is None:
         raise ValueError(
-            f'no decoder "{name}": expected "nano", a folder or a checkpoint file (there is no such folder or file), a '
-            f"Hub id (owner/name) or one of the released names {', '.join(PRESETS)}"
+            f'no decoder "{name}": no such folder or file{or_from_hub(name)}: expected "nano", a folder, a checkpoint '
+            f"file, a Hub id (owner/name) or one of the released names {', '.join(PRESETS)}"
         )

@@ -4,6 +4,7 @@ import functools
 import hashlib
 from pathlib import Path
 
+from pixeldecoder.hub import hub_id
 from pixeldecoder.presets import HUB_REPOSITORY, NANO, PRESETS
 
 LENGTH = 16
@@ -45,8 +46,10 @@ def _weights(decoder: str) -> Path | None:
     if decoder in PRESETS:
         file = try_to_load_from_cache(HUB_REPOSITORY, PRESETS[decoder].filename)
         return Path(file) if isinstance(file, str) else None
+    if (repository := hub_id(decoder)) is None:
+        return None
     try:
-        return Path(snapshot_download(decoder, local_files_only=True))
+        return Path(snapshot_download(repository, local_files_only=True))
     except (OSError, ValueError):
         return None
 

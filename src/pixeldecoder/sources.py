@@ -15,6 +15,7 @@ from diffusers.utils import logging
 from PIL import Image
 
 from pixeldecoder import pictures
+from pixeldecoder.files import expand_braces
 from pixeldecoder.pictures import SUFFIXES, UNREADABLE
 
 logger = logging.get_logger(__name__)
@@ -139,9 +140,7 @@ class Shards:
     """
 
     def __init__(self, pattern: str):
-        import braceexpand
-
-        self.urls = list(braceexpand.braceexpand(pattern))
+        self.urls = expand_braces(pattern)
         self.skipped = Skipped()
         self.sizes: list[tuple[int, int]] = []
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from pixeldecoder.errors import require
 from pixeldecoder.files import write_whole
-from pixeldecoder.hub import download, is_hub_id, unreachable
+from pixeldecoder.hub import download, hub_id, unreachable
 from pixeldecoder.presets import TEXT_ENCODER
 
 logger = logging.get_logger(__name__)
@@ -124,7 +124,13 @@ class PromptEncoder:
         if key in self._seen:
             return self._seen[key].to(device)
         path = self.cache / f"{key}.safetensors" if self.cache is not None else None
-        return load_prompt_embeds(path).to(device) if path is not None and path.is_file() else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            return load_prompt_embeds(path).to(device)
+        except ValueError as error:
+            logger.warning(f"the prompt is encoded anew: {error}")
+            return None
 
     def _load(self, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         if self._parts is None:
@@ -137,7 +143,8 @@ class PromptEncoder:
                 bits = {"8bit": dict(load_in_8bit=True), "4bit": dict(load_in_4bit=True)}[self.quantization]
                 kwargs = dict(quantization_config=BitsAndBytesConfig(**bits), device_map={"": device})
             name = os.path.expanduser(self.name)
-            if not Path(name).is_dir() and is_hub_id(name) and not try_to_load_from_cache(name, "config.json"):
+            found = None if Path(name).is_dir() else hub_id(name)
+            if found is not None and not try_to_load_from_cache(found, "config.json"):
                 logger.warning(f"fetching the text encoder {name} from https://huggingface.co, about 5 GB")
             # The whole folder first: where the Hub cannot be reached, transformers would ask five times for each file.
             folder = name if Path(name).is_dir() else download(name, ["*.json", "*.safetensors", "tokenizer*"])
@@ -164,6 +171,9 @@ def load_prompt_embeds(path: Path) -> torch.Tensor:
         ValueError: no such file, or another.
     """
     try:
-        return load_file(path)["prompt_embeds"]
+        embeds = load_file(path)["prompt_embeds"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f'{path}: expected a .safetensors file with "prompt_embeds" ({error})') from None
+    if embeds.ndim != 3 or 0 in embeds.shape or not embeds.is_floating_point():
+        raise ValueError(f"{path}: expected prompt embeddings (B, T, Dt), got {embeds.dtype} {tuple(embeds.shape)}")
+    return embeds

@@ -702,8 +702,8 @@ def test_repa_s_projector_and_what_its_encoder_sees(tmp_path):
         (dict(data=Data(source="")), "data.source: expected a folder"),
         (dict(data=Data(source="nowhere/")), "data.source nowhere/: no such folder"),
         (dict(data=Data(source=__file__)), "test_loop.py: expected a folder, or .tar shards"),
-        (dict(architecture=None, model="docs/none"), "model docs/none: no such folder$"),
-        (dict(architecture=None, model="elsewhere/none"), "^model elsewhere/none: no such folder, and https://hugg"),
+        (dict(architecture=None, model="docs/none"), "docs/none.*: no such folder or file .from the Hub: hub"),
+        (dict(architecture=None, model="elsewhere/none"), "^elsewhere/none could not be loaded from https://hugg"),
     ],
 )
 def test_bad_configuration(teacher, change, message, monkeypatch):

@@ -8,7 +8,8 @@ import os
 import tarfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
@@ -92,7 +93,9 @@ class Output:
             raise ValueError(f"{path}: expected the settings of the run that made {self.url}: {error}") from None
         other = [name for name in sorted({**there, **settings}) if there.get(name) != settings.get(name)]
         if other and self.parts():
-            told = ", ".join(f"{name} {there.get(name)!r}, not {settings.get(name)!r}" for name in other)
+            told = ", ".join(
+                f"{name:.50} {there.get(name)!r:.100}, not {settings.get(name)!r:.100}" for name in other[:5]
+            )
             raise ValueError(f"{self.url} was made with {told}: give another folder, or the same settings")
 
     def begin(self, settings: dict[str, Any]) -> IO[str] | None:
@@ -170,17 +173,32 @@ class Output:
         return f"{'/'.join(parts)}-{self.settings}"
 
     def manifest(self, *columns: str) -> pa.Table:
-        """Those columns of all rows that count; "__filename" is the part that a row is in."""
+        """Those columns of all rows that count; "__filename" is the part that a row is in.
+
+        Raises:
+            ValueError: a part is damaged.
+        """
         fs = arrow_filesystem(filesystem(self.url)[0])
-        dataset = pyarrow.dataset.dataset(self.parts(), MANIFEST, "parquet", fs)
-        return dataset.to_table(columns=list(columns))
+
+        def read(parts: list[str]) -> pa.Table:
+            table = pyarrow.dataset.dataset(parts, MANIFEST, "parquet", fs).to_table(columns=list(columns))
+            table.validate(full=True)
+            return table
+
+        try:
+            return read(self.parts())
+        except (pa.ArrowException, OSError) as error:
+            for part in self.parts():
+                with _naming_damaged(part):
+                    read([part])
+            raise ValueError(f"{self.url}: its manifest cannot be read: {error}") from None
 
     def parts(self) -> list[str]:
         """Files of the manifest."""
         return _list(filesystem(self.url)[0], self.path("manifest"), ".parquet")
 
     def rows_in(self, part: str) -> int:
-        with filesystem(self.url)[0].open(part) as file:
+        with _naming_damaged(part), filesystem(self.url)[0].open(part) as file:
             return pq.read_metadata(file).num_rows
 
     def drop(self, ids: Iterable[str]) -> None:
@@ -200,7 +218,9 @@ class Output:
             .unique()
             .to_pylist()
         ):
-            part = pq.read_table(io.BytesIO(fs.cat_file(path)))
+            with _naming_damaged(path):
+                part = pq.read_table(io.BytesIO(fs.cat_file(path)))
+                part.validate(full=True)
             rows = zip(part["id"].to_pylist(), part["time"].to_pylist(), strict=True)
             kept = part.filter(pa.array([id not in gone and time == latest.get(id, time) for id, time in rows]))
             self.put(f"manifest/{PurePosixPath(path).name}", _parquet(kept))
@@ -275,6 +295,16 @@ def checkpoint(output: Output) -> CheckpointConfig:
 
 def arrow_filesystem(fs: Any) -> FileSystem:
     return LocalFileSystem() if is_local(fs) else PyFileSystem(FSSpecHandler(fs))
+
+
+@contextmanager
+def _naming_damaged(part: str) -> Iterator[None]:
+    """Of a part of the manifest, as ValueError: no run of ours leaves one, but a disk may."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{part}: damaged ({reason}): delete it, and its rows are made again") from None
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import braceexpand
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pixeldecoder.files import LATENT_SUFFIXES, Latents, load_latents, parse_latents
+from pixeldecoder.files import LATENT_SUFFIXES, Latents, expand_braces, load_latents, parse_latents
 from pixeldecoder.pictures import SUFFIXES
 
 ROW = pa.schema(
@@ -95,7 +94,7 @@ def find_rows(source: str, output: str | None = None, limit: int | None = None) 
 def _files(source: str, output: str | None) -> tuple[fsspec.AbstractFileSystem, list[str], str]:
     """The files of a source, all of one kind, and the folder that ids begin after."""
     if "{" in source:
-        several = [filesystem(url) for url in braceexpand.braceexpand(source)]
+        several = [filesystem(url) for url in expand_braces(source)]
         fs, paths = several[0][0], [path for _, path in several]
     else:
         fs, path = filesystem(source)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pixeldecoder.cli.options import Decoder, check_positive, check_sigma, lora_and_strength, word
-from pixeldecoder.errors import require
+from pixeldecoder.errors import printable, require
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,6 +155,6 @@ class Bulk(Decoder):
         told = settings.output.manifest("id", "status", "reason")
         failed = told.filter(pc.and_(pc.equal(told["status"], "failed"), pc.is_in(told["id"], rows["id"])))
         for row in failed.slice(0, TOLD).to_pylist():
-            print(f"{row['id']}: {row['reason']}", file=sys.stderr)
+            print(printable(f"{row['id']}: {row['reason']}"), file=sys.stderr)
         more = "" if len(failed) <= TOLD else f", and {len(failed) - TOLD} more in {self.output}/manifest"
         raise ValueError(f"{len(failed)} of {len(rows)} rows failed: see above{more}; --retry-failed tries them again")

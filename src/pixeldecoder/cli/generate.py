@@ -16,7 +16,7 @@ from pixeldecoder.cli.options import (
     json_object,
     word,
 )
-from pixeldecoder.hub import is_hub_id
+from pixeldecoder.hub import hub_id, or_from_hub
 
 
 @dataclass(kw_only=True)
@@ -81,8 +81,9 @@ class Generate(Text, Pictures):
             if path is not None:
                 check_target(path, (".safetensors",), self.overwrite, self.inputs())
         for option, name in ("--model", self.model), ("--lora", self.lora):
-            if name is not None and not Path(name).exists() and not is_hub_id(name):
-                raise ValueError(f"{option} {name}: expected a folder or a Hub id (owner/name); there is none")
+            if name is not None and not Path(name).exists() and hub_id(name) is None:
+                there_is = f"there is none{or_from_hub(name)}"
+                raise ValueError(f"{option} {name}: expected a folder or a Hub id (owner/name); {there_is}")
 
     def run(self) -> None:
         self.check()

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pixeldecoder.errors import explain
+from pixeldecoder.errors import explain, printable
 from pixeldecoder.files import IMAGE_SUFFIXES, check_new, check_writable, is_folder, sweep
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -219,4 +219,4 @@ def _files(count: int) -> str:
 
 
 def _tell(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)

@@ -22,7 +22,7 @@ from pixeldecoder.cli.plan import Plan
 from pixeldecoder.cli.redo import Info, Redo
 from pixeldecoder.cli.serve import Serve
 from pixeldecoder.cli.train import Distill, Train, run_training
-from pixeldecoder.errors import OUT_OF_MEMORY, explain
+from pixeldecoder.errors import OUT_OF_MEMORY, explain, printable
 
 COMMANDS: dict[str, type] = {
     "demo": Demo,
@@ -64,6 +64,13 @@ ABOUT = f"""{__doc__}
 `pixeldecoder COMMAND --help` tells a command's options, `pixeldecoder --version` the version."""
 
 
+class Plain(logging.Formatter):
+    """Messages alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).splitlines()))
+
+
 def dispatch(args: list[str]) -> None:
     """Run a command."""
     # A shell leaves "~" alone where it is quoted, or after "=".
@@ -103,6 +110,7 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     be_quiet()
     ours, handler = logging.getLogger("pixeldecoder"), logging.StreamHandler()
+    handler.setFormatter(Plain())
     ours.setLevel(logging.INFO)
     ours.addHandler(handler)
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from pixeldecoder.hub import cache_folder, is_hub_id
+from pixeldecoder.hub import cache_folder, hub_id, or_from_hub
 from pixeldecoder.presets import TEXT_ENCODER, check_decoder_name, told_config
 
 if TYPE_CHECKING:
@@ -306,8 +306,9 @@ class FilesToImages(Text, Pictures):
         self.check()
         for lora in self.lora:
             name = lora_and_strength(lora)[0]
-            if not Path(name).exists() and not is_hub_id(name):
-                raise ValueError(f"--lora {lora}: expected a file, a folder or a Hub id (owner/name); there is none")
+            if not Path(name).exists() and hub_id(name) is None:
+                there_is = f"there is none{or_from_hub(name)}"
+                raise ValueError(f"--lora {lora}: expected a file, a folder or a Hub id (owner/name); {there_is}")
         inputs = [*self.inputs()]
         if self.save_prompt_embeds is not None:
             check_target(self.save_prompt_embeds, (".safetensors",), self.overwrite, inputs)

@@ -14,7 +14,8 @@ from pixeldecoder.cli.demo import Demo
 from pixeldecoder.cli.generate import Generate
 from pixeldecoder.cli.options import OUTPUTS, lora_and_strength, word
 from pixeldecoder.cli.parsing import parse
-from pixeldecoder.errors import naming
+from pixeldecoder.errors import naming, printable
+from pixeldecoder.hub import is_code
 
 Command = Decode | Upscale | Generate | Demo
 COMMANDS: dict[str, type[Command]] = {kind.__name__.lower(): kind for kind in (Decode, Upscale, Generate, Demo)}
@@ -110,7 +111,7 @@ class Redo:
             raise ValueError(f"made by {made.get('command')!r}: expected one of {', '.join(COMMANDS)}")
         if not isinstance(made.get("index", 0), int) or made.get("index", 0) < 0:
             raise ValueError(f"index {made['index']!r}: expected a whole number")
-        if ":" in str(made.get("encoder", "")) and not Path(str(made["encoder"])).exists():
+        if is_code(str(made.get("encoder", ""))):
             raise ValueError(f"its encoder, {made['encoder']}, is code: no picture has code run, so type its command")
         folder = Path(str(made.get("folder", "")))
         files: list[str] = [] if kind is Demo else [str(output)]
@@ -146,7 +147,7 @@ class Redo:
         if weights is not None and weights != made.get("decoder_sha256"):
             raise ValueError(f"made by another {command.decoder}: SHA-256 {made.get('decoder_sha256')}, not {weights}")
         if made["software"] != f"pixeldecoder {__version__}":
-            print(f"made by {made['software']}, and now by {__version__}: it may differ", file=sys.stderr)
+            print(printable(f"made by {made['software']}, now by {__version__}: it may differ"), file=sys.stderr)
 
 
 def _there(name: str, folder: Path) -> str:

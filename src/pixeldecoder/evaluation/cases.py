@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pixeldecoder.evaluation.methods import Case, Workspace
 from pixeldecoder.evaluation.results import Results, image_path, is_whole
 from pixeldecoder.files import save_image
+from pixeldecoder.hub import is_command
 from pixeldecoder.ldm import parse_stop
 from pixeldecoder.pictures import UNREADABLE, read, shrink, to_tensor
 from pixeldecoder.sources import Folder, Record, Shards
@@ -40,6 +41,10 @@ class Source:
 
     def check(self, cell: int) -> None:
         """`cell`: side in pixels of what crops must be a multiple of. Raises ValueError for a number out of bounds."""
+        if is_command(self.path):
+            raise ValueError(
+                f"{self.path:.100}: a command, and an evaluation runs none: expected files or URLs of shards"
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit {self.limit}: expected at least 1")
         for sigma in self.sigmas:

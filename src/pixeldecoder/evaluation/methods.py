@@ -21,6 +21,7 @@ from pixeldecoder.autoencoders import decode, encode
 from pixeldecoder.convert import read_reference
 from pixeldecoder.errors import require
 from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
+from pixeldecoder.hub import hub_id, repository
 from pixeldecoder.latents import SPACES
 from pixeldecoder.loading import file_settings
 from pixeldecoder.pictures import SUFFIXES, read, to_image, to_tensor
@@ -222,7 +223,7 @@ def read_facts(name: str, load: Callable[[], PixelDecoderPipeline]) -> Facts:
             steps, frame = settings.get("default_num_inference_steps", 4), frame_of(settings.get("latent_space"))
             return Facts(config.get("scale", 4), frame, steps, student)
         files = ("model_index.json", "transformer/config.json")
-        places = [path / file if path.is_dir() else str(try_to_load_from_cache(name, file)) for file in files]
+        places = [path / file if path.is_dir() else str(try_to_load_from_cache(hub_id(name), file)) for file in files]
         index, config = (json.loads(Path(place).read_text()) for place in places)
         student = index["scheduler"][1] != "DPMSolverMultistepScheduler"
         return Facts(config["scale"], frame_of(index["latent_space"]), index["default_num_inference_steps"], student)
@@ -256,7 +257,7 @@ def _enlarge(small: torch.Tensor | None, scale: int, kind: str) -> torch.Tensor:
 
 
 def _upscale_pipeline(name: str, workspace: Workspace) -> Callable[[torch.Tensor, Case], torch.Tensor]:
-    pipe = DiffusionPipeline.from_pretrained(name).to(workspace.device)
+    pipe = DiffusionPipeline.from_pretrained(name if Path(name).exists() else repository(name)).to(workspace.device)
     pipe.set_progress_bar_config(disable=True)
     takes = inspect.signature(pipe.__call__).parameters
     if "image" not in takes:

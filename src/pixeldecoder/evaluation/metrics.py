@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.evaluation.perceptual import LPIPS, SqueezeNetDistance
 from pixeldecoder.evaluation.pixels import border, ciede2000, colour_shift, luma, spectral_error, texture, unit
+from pixeldecoder.hub import repository
 from pixeldecoder.pictures import psnr, to_image
 
 Score = Callable[[torch.Tensor, Any, str], float]
@@ -186,7 +187,7 @@ def _of_pyiqa(name: str) -> Metric | None:
 def _hps(device: torch.device, weights: dict[str, Path]) -> Score:
     import open_clip
 
-    path = weights.get("hps") or hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    path = weights.get("hps") or hf_hub_download(repository("hub:xswu/HPSv2"), "HPS_v2.1_compressed.pt")
     model, _, preprocess = open_clip.create_model_and_transforms("ViT-H-14", pretrained=str(path), device=device)
     model.eval()
     tokenizer = open_clip.get_tokenizer("ViT-H-14")

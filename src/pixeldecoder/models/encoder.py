@@ -18,11 +18,19 @@ class TinyLatentEncoder(FolderMixin, ModelMixin, ConfigMixin):
         latent_channels: channels C of the latents.
         channels: width of every convolution.
         num_blocks: residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image size.
+
+    Raises:
+        ValueError: numbers that no such encoder has.
     """
 
     @register_to_config
     def __init__(self, latent_channels: int = 16, channels: int = 48, num_blocks: tuple[int, ...] = (0, 1, 3, 8)):
         super().__init__()
+        numbers = (latent_channels, channels, *num_blocks)
+        if not all(type(number) is int and 0 <= number <= 4096 for number in numbers) or sum(num_blocks) > 64:
+            raise ValueError(
+                f"latent_channels, channels, num_blocks {numbers!r:.100}: expected 0 to 4096, 64 blocks in all"
+            )
         self.encoder = EncoderTiny(3, latent_channels, tuple(num_blocks), (channels,) * len(num_blocks), "relu")
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pixeldecoder.files import read_json
+from pixeldecoder.hub import repository
+
 
 class FolderMixin:
     """Stands before diffusers' `ModelMixin` and `ConfigMixin`, which loaders look for by name in a network's module."""
@@ -18,6 +21,9 @@ class FolderMixin:
         """
         wanted = kwargs.pop("output_loading_info", False)
         source = os.path.expanduser(pretrained_model_name_or_path)
+        source = source if os.path.exists(source) else repository(str(source))
+        if os.path.isfile(config := os.path.join(source, kwargs.get("subfolder") or "", "config.json")):
+            read_json(Path(config))  # diffusers would take a text for a Hub id, and ask for it
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         if getattr(model, "hf_quantizer", None) is None:  # which stores tensors under other names
             check_fit(pretrained_model_name_or_path, missing=info["missing_keys"], unexpected=info["unexpected_keys"])

@@ -464,6 +464,8 @@ _LEAST = dict(
     latent_downscale_factor=1, scale=1, adapter_dim=4, num_adapter_layers=0, injection_interval=1, aux_rgb_block=-1,
     rope_reference_size=1, base_dim=2,
 )  # fmt: skip
+_MOST_LAYERS, _MOST = 512, 2**20
+"""Of layers, and of anything else: a file that says more would take minutes and gigabytes before it fits no weights."""
 _OF_FOUR = ("attention_head_dim", "pixel_attention_head_dim", "pixel_dim", "adapter_dim")
 """Multiples of 4: the heads for 2-D rotary embedding, pixels for their sin-cos table, the adapter for its groups."""
 _EITHER = dict(prediction_type=("velocity", "sample"), adapter_padding_mode=("zeros", "replicate"))
@@ -483,6 +485,8 @@ def _check(config: Mapping[str, Any]) -> None:
         if type(value) is not int or value < least or value % step:
             kind = "a whole number" if step == 1 else "a multiple of 4"
             raise ValueError(f"{name} is {value!r}: expected {kind}, at least {least}")
+        if value > (most := _MOST_LAYERS if name.endswith("_layers") else _MOST):
+            raise ValueError(f"{name} is {value}: expected at most {most}")
     for name, values in (_EITHER | dict.fromkeys(_SWITCHES, (True, False))).items():
         if type(config[name]) is not type(values[0]) or config[name] not in values:
             raise ValueError(f"{name} is {config[name]!r}: expected {values[0]!r} or {values[1]!r}")

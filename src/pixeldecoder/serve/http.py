@@ -29,11 +29,10 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixeldecoder import __version__
-from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.serve import api, remote
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.jobs import ClosedError, TooLargeError
-from pixeldecoder.serve.service import LEFT, Service, Settings
+from pixeldecoder.serve.service import LEFT, Service, Settings, told
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,9 @@ SWALLOWED = 8
 """Times the largest body that is read, and thrown away, so that a client that sends too much can read the answer."""
 PATIENCE = 2.0
 """Seconds for the next piece of such a body, which may be shorter than its head says."""
+BODY_SECONDS, BODY_RATE = 30.0, 16384
+"""That a body may take to come: seconds, and for what has come one more for each so many bytes; a request that has not
+come yet takes a place from others."""
 DRAIN_SECONDS = 3.0
 """After the last job, in which its client may fetch the result."""
 EXAMPLES = """Pictures and latents in, pictures 4 or 8 times larger out.
@@ -130,12 +132,10 @@ def _to_page(path: str, http: HttpRequest) -> RedirectResponse:
 def _handler(service: Service, status: int) -> Callable[[HttpRequest, Exception], JSONResponse]:
     def handle(http: HttpRequest, raised: Exception) -> JSONResponse:
         headers = {"Retry-After": str(service.retry_after())} if status in (429, 503) else None
-        text = " ".join(str(raised).split()) or type(raised).__name__
-        if status != 500:
-            return error(status, text, headers)
-        if isinstance(raised, MemoryError) or OUT_OF_MEMORY.search(text):
-            return error(503, "out of memory: try a smaller image, or later", {"Retry-After": "10"})
-        return error(500, "something is wrong in the server, which has written it down")
+        text = told(raised)
+        if status == 500 and text.startswith("out of memory"):
+            return error(503, text, {"Retry-After": "10"})
+        return error(status, text, headers)
 
     return handle
 
@@ -200,13 +200,18 @@ class Guard:
                 return
             await self.app(scope, receive, send)
             return
-        begun, status, read, started = time.monotonic(), 500, 0, False
+        begun, status, read, started, coming = time.monotonic(), 500, 0, False, True
         limit = self.service.settings.max_bytes
         headers = dict(scope["headers"])
 
         async def counting() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, coming
+            allowed = begun + BODY_SECONDS + read / BODY_RATE - time.monotonic()
+            try:
+                message = await (asyncio.wait_for(receive(), max(0.0, allowed)) if coming else receive())
+            except TimeoutError:
+                raise HTTPException(408, f"a body slower than {BODY_RATE} bytes a second") from None
+            coming = bool(message.get("more_body"))
             read += len(message.get("body", b""))
             if read > limit:
                 await _swallow(receive, message, SWALLOWED * limit)

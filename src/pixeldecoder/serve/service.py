@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import math
 import time
 import uuid
@@ -18,9 +19,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
+from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.pictures import to_image
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.jobs import ClosedError, Job, Progress, Request, Result
+
+logger = logging.getLogger(__name__)
 
 LEFT = 499
 """Status that is counted where the client left; nobody reads it."""
@@ -81,8 +85,20 @@ class Background:
         return {
             "id": self.id, "object": "job", "created": int(self.created), "status": self.state, "step": progress.step,
             "steps": progress.steps, "share": round(progress.share, 4), "remaining": remaining,
-            "error": None if self.error is None else {"message": str(self.error)},
+            "error": None if self.error is None else {"message": told(self.error)},
         }  # fmt: skip
+
+
+def told(error: Exception) -> str:
+    """What a client may know of an error: what it can mend, and nothing of the inside of the server."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return "out of memory: try a smaller image, or later"
+    if isinstance(error, HTTPException):
+        return str(error.detail)
+    if isinstance(error, ValueError | ClosedError | TimeoutError):
+        return text
+    return "something is wrong in the server, which has written it down"
 
 
 class Service:
@@ -165,6 +181,8 @@ class Service:
                 if not job.cancelled():
                     raise
             except Exception as error:
+                if not isinstance(error, ValueError | ClosedError):
+                    logger.error("a job failed", exc_info=error)
                 background.error = error.with_traceback(None)  # which would hold the job
             background.ended, background.job = job.progress, None
             await _notify(background)

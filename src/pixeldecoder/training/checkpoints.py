@@ -277,8 +277,11 @@ def _progress(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "progress.json"
     try:
         found = json.loads(path.read_text())
-        missing = [name for name in ("stage", "step", "position", "samples", "architecture") if name not in found]
-    except (OSError, ValueError, TypeError) as error:
+        kinds = dict(stage=str, step=int, position=int, samples=int, architecture=dict)
+        missing = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+        if not isinstance(found.get("minutes", 0.0), int | float):
+            missing.append("minutes")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{path}: damaged ({why})") from None
     if missing:

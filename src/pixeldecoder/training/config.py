@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pixeldecoder.errors import require
 from pixeldecoder.files import check_writable
+from pixeldecoder.hub import is_code, is_command
 from pixeldecoder.presets import TEXT_ENCODER
 
 if TYPE_CHECKING:
@@ -359,10 +360,7 @@ def refuse_code(config: Run, file: Path, typed: list[str]) -> None:
         ValueError: naming the setting.
     """
     encoder, source = getattr(config, "encoder", ""), config.data.source
-    # Braces may hide a scheme: a shard's must be there in plain sight.
-    is_command = ":" in source and ".tar" in source and not re.match(r"(?!pipe:)[a-z0-9]+://", source, re.IGNORECASE)
-    is_module = ":" in encoder and not Path(encoder).exists()
-    for option, value, runs in ("data.source", source, is_command), ("encoder", encoder, is_module):
+    for option, value, runs in ("data.source", source, is_command(source)), ("encoder", encoder, is_code(encoder)):
         if runs and not any(word.split("=")[0] == f"--{option}" for word in typed):
             raise ValueError(f"{file}: {option} {_short(value)}: code is run for --{option} alone, not for a file")
 
@@ -385,8 +383,9 @@ def load_yaml(path: Path) -> dict:
         found = yaml.load(text, _loader()) or {}
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a number that is none
+        text = " ".join(str(error).split())
+        raise ValueError(text if str(path) in text else f"{path}: not readable as YAML: {text[:300]}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(found).__name__}")
     return found
@@ -394,7 +393,7 @@ def load_yaml(path: Path) -> dict:
 
 @functools.cache
 def _loader() -> type:
-    """PyYAML's safe one without YAML 1.1's numbers to the base of 60: 1:30:00 is no 5,400."""
+    """PyYAML's safe one without YAML 1.1's numbers to other bases than it seems: 1:30:00 is no 5,400, and 010 no 8."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -403,7 +402,9 @@ def _loader() -> type:
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
-    Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"), "-+0123456789")
+    Loader.add_implicit_resolver(
+        _INTEGER, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"), "-+0123456789"
+    )
     number = r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$"
     words = r"[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
     Loader.add_implicit_resolver(_FLOAT, re.compile(f"{number}|{words}"), "-+0123456789.")

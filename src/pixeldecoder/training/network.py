@@ -30,19 +30,7 @@ def build_network(config: Run) -> PixelDecoderTransformer2DModel:
         if folder.is_dir():
             start = load_folder(folder)
         else:
-            # A folder that another run has not exported yet looks like a Hub id.
-            missing = f"model {config.model}: no such folder"
-            if "/" in config.model and not folder.exists() and folder.parent.is_dir():
-                raise ValueError(missing)
-            try:
-                start = PixelDecoderPipeline.from_pretrained(config.model).transformer
-            except ValueError as error:
-                if isinstance(error.__context__, OSError):  # of the Hub
-                    reason = str(error.__context__).splitlines()[0][:120]
-                    raise ValueError(
-                        f"{missing}, and https://huggingface.co has none that can be read ({reason})"
-                    ) from None
-                raise
+            start = PixelDecoderPipeline.from_pretrained(config.model).transformer
     if config.architecture is None:
         assert start is not None
         return start.float()

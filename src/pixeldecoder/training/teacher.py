@@ -1,6 +1,7 @@
 """Batches in, flow-matching updates out: the prior and the many-step teacher."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from pixeldecoder.flow import SampleRandom, noised, training_times
+from pixeldecoder.hub import repository
 from pixeldecoder.models.transformer import PixelDecoderOutput, PixelDecoderTransformer2DModel
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.sampler import teacher_scheduler
@@ -142,7 +144,9 @@ class RepaTarget:
         if not 0 <= config.repa_block <= last:
             raise ValueError(f"repa_block {config.repa_block}: the network has blocks 0 to {last}")
         self.block = config.repa_block
-        encoder = AutoModel.from_pretrained(config.repa_encoder).eval().requires_grad_(False)
+        name = config.repa_encoder
+        encoder = AutoModel.from_pretrained(name if Path(name).exists() else repository(name))
+        encoder.eval().requires_grad_(False)
         self.encoder = encoder.to(accelerator.device)
         dim = network.config.num_attention_heads * network.config.attention_head_dim
         width = self.encoder.config.hidden_size

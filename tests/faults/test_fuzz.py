@@ -1,0 +1,225 @@
+"""A few cases of every target of `fuzz.py`, and what its many cases found, each as the smallest file of its kind."""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import fuzz
+from conftest import tiny_pipeline
+from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.bulk.output import MANIFEST, Output
+from pixeldecoder.cli import main
+from pixeldecoder.convert import load_folder
+from pixeldecoder.errors import explain
+from pixeldecoder.execution import Execution
+from pixeldecoder.files import load_latents
+from pixeldecoder.pictures import read, size
+from pixeldecoder.text import PromptEncoder, load_prompt_embeds, save_prompt_embeds
+from pixeldecoder.training.checkpoints import Checkpoints
+from pixeldecoder.training.config import Teacher, load_yaml, write_yaml
+
+
+def test_some_cases_of_every_parser():
+    """Values or clear errors alone. `make fuzz` runs as many as one has time for."""
+    told = subprocess.run(
+        [sys.executable, fuzz.__file__, "--cases", "100"], capture_output=True, text=True, errors="replace"
+    )
+    assert told.returncode == 0, told.stdout + told.stderr[-3000:]
+    assert all(f"\n{name}: " in f"\n{told.stdout}" for name in fuzz.TARGETS)
+
+
+def test_the_fuzzer_sees_what_it_is_there_for(tmp_path, monkeypatch):
+    """Tracebacks, code that runs, files elsewhere, names left out, time and memory."""
+    monkeypatch.chdir(tmp_path)
+    kept = []
+
+    def wrong(read, seconds=fuzz.CPU_SECONDS) -> str:
+        monkeypatch.setattr(fuzz, "CPU_SECONDS", seconds)
+        monkeypatch.setitem(fuzz.TARGETS, "x", fuzz.Target(lambda folder: [("in.txt", b"")], lambda path: None))
+        fuzzer = fuzz.Fuzzer("x", tmp_path)
+        object.__setattr__(fuzzer.target, "read", read)
+        fuzzer.counts["read"] = 100
+        return str(fuzzer.read(0, "in.txt", b"", b""))
+
+    def raising(error):
+        def read(path):
+            raise error
+
+        return read
+
+    def spinning(path):
+        while True:
+            pass
+
+    assert wrong(lambda path: None) == "None"
+    assert wrong(raising(ValueError("in.txt: expected another"))) == "None"
+    assert "KeyError" in wrong(raising(KeyError("in.txt")))
+    assert "JSONDecodeError" in wrong(lambda path: json.loads("{in.txt"))
+    assert "not named" in wrong(raising(ValueError("expected another")))
+    assert "code was run" in wrong(lambda path: Path("CANARY").touch())
+    assert "open" in wrong(lambda path: Path("/nowhere/x.txt").write_text("x"))
+    assert "more than 0.2 s" in wrong(spinning, 0.2)
+    assert "MiB more" in wrong(lambda path: kept.append(np.ones(100_000_000)) or kept.clear())
+
+
+def png(*chunks: tuple[bytes, bytes], after: tuple[bytes, bytes] = (b"tEXt", b"a\0b")) -> bytes:
+    """6 x 4 pixels, grey."""
+    head = (b"IHDR", struct.pack(">IIBBBBB", 6, 4, 8, 0, 0, 0, 0))
+    data = (b"IDAT", zlib.compress(b"\0\1\2\3\4\5\6" * 4))
+    parts = [head, *chunks, data, after, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in parts
+    )
+
+
+def test_exif_after_the_pixels():
+    """Allowed in PNG, and written so by some tools: the head knows of it, as the picture does."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = png(after=(b"eXIf", exif.tobytes()[6:]))
+    assert size(data) == read(data).rgb.size == (4, 6)
+    assert size(png()) == read(png()).rgb.size == (6, 4)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("steps: 010", "010"), ("steps: 09999", "09999"), ("steps: 10", 10), ("steps: 0", 0), ("a: 0x1F", 31)],
+)
+def test_numbers_mean_what_they_seem(text, value, tmp_path):
+    (tmp_path / "in.yaml").write_text(text)
+    assert list(load_yaml(tmp_path / "in.yaml").values()) == [value]
+
+
+@pytest.mark.parametrize("text", ["a: 0b_", "a: 2001-99-99", "a: !!int x", "a: !!float x", "a: !!binary é"])
+def test_values_that_yaml_cannot_make(text, tmp_path):
+    path = tmp_path / "in.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"in.yaml: not readable as YAML"):
+        load_yaml(path)
+
+
+@pytest.mark.parametrize("content", ["nan", '"somebody/decoder"', "[]", "7", "null", "{", "\xff", "[" * 5000])
+@pytest.mark.parametrize("file", ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json"])
+def test_a_configuration_that_is_none(file, content, tmp_path, monkeypatch):
+    """diffusers takes a text for a Hub id, and asks for it."""
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *a, **k: asked.append(a) or [])
+    with pytest.raises(ValueError, match=Path(file).name + ": expected a JSON object"):
+        Execution(device="cpu", dtype="float32").load(str(tmp_path))
+    if file == "transformer/config.json":
+        with pytest.raises(ValueError, match=r"config.json: expected a JSON object"):
+            load_folder(tmp_path)
+        with pytest.raises(ValueError, match=r"config.json: expected a JSON object"):
+            type(tiny_pipeline().transformer).from_pretrained(tmp_path, subfolder="transformer")
+    assert not asked
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 10**9}, {"pixel_dim": 4 * 10**9}, {"num_attention_heads": 10**12}])
+def test_a_network_of_absurd_size(change, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / "transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for load in (lambda: load_folder(tmp_path), lambda: PixelDecoderPipeline.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError):
+            load()
+
+
+def test_a_scheduler_that_cannot_be_made(tmp_path):
+    from pixeldecoder.convert import save_reference_checkpoint
+
+    model = tiny_pipeline(text_embed_dim=8, num_layers=2).transformer
+    settings = {"pipeline": {}, "scheduler": {"_class_name": "FlowMatchLCMScheduler", "num_train_timesteps": [1]}}
+    save_reference_checkpoint(model, tmp_path / "in.safetensors", settings)
+    with pytest.raises(ValueError, match=r"in.safetensors: its scheduler: TypeError"):
+        PixelDecoderPipeline.from_single_file(tmp_path / "in.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"x": torch.zeros(1)}, {"prompt_embeds": torch.zeros(3)}, {"prompt_embeds": torch.zeros(1, 2, 3).int()}]
+)
+def test_prompts_that_are_none(tensors, tmp_path):
+    """In the cache they are made anew; as a file they are refused."""
+    save_file(tensors, tmp_path / "key.safetensors")
+    with pytest.raises(ValueError, match=r"key.safetensors: expected"):
+        load_prompt_embeds(tmp_path / "key.safetensors")
+    encoder = PromptEncoder(cache=tmp_path)
+    assert encoder._look_up("key", torch.device("cpu")) is None
+    save_prompt_embeds(torch.ones(1, 2, 3), tmp_path / "key.safetensors")
+    assert encoder._look_up("key", torch.device("cpu")).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: data[:40], lambda data: b"", lambda data: b"x" * 99]
+)
+def test_a_damaged_part_of_a_manifest(damage, tmp_path):
+    """It is named; without it the folder goes on."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "manifest").mkdir()
+    for name in "ab":
+        row = {"id": name, "status": "done", "time": 1.0}
+        pq.write_table(pa.Table.from_pylist([row], MANIFEST), tmp_path / f"manifest/{name}.parquet")
+    path, output = tmp_path / "manifest/a.parquet", Output(str(tmp_path), "files", "png", "0")
+    path.write_bytes(damage(path.read_bytes()))
+    for look in (lambda: output.manifest("id"), lambda: output.rows_in(str(path))):
+        with pytest.raises(ValueError, match=r"a.parquet: damaged .*: delete it, and its rows are made again"):
+            look()
+    path.unlink()
+    assert output.manifest("id")["id"].to_pylist() == ["b"]
+
+
+def test_settings_of_a_folder_that_go_on_and_on(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"kind": ["x"] * 9999, "y" * 9999: 1}))
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest/a.parquet").touch()
+    with pytest.raises(ValueError, match="was made with") as caught:
+        Output(str(tmp_path), "files", "png", "0").check({"kind": "files"})
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"architecture": 0.5}, {"step": "4"}, {"samples": None}, {"minutes": "x"}, {"position": []}, {"stage": 1}],
+)
+def test_progress_of_other_types(change, tmp_path):
+    step = tmp_path / "checkpoints/step_00000004"
+    step.mkdir(parents=True)
+    config = Teacher(output=tmp_path)
+    write_yaml(config, step / "config.yaml")
+    sound = dict(stage="teacher", step=4, position=2, samples=1, minutes=0.5, architecture={})
+    (step / "progress.json").write_text(json.dumps(sound))
+    assert Checkpoints(config).changes() == []
+    (step / "progress.json").write_text(json.dumps(sound | change))
+    with pytest.raises(ValueError, match=rf"progress.json does not tell {next(iter(change))}"):
+        Checkpoints(config).changes()
+
+
+def test_messages_do_not_steer_the_terminal(tmp_path, capsys, monkeypatch):
+    """Whatever strangers call their files and tensors; and they end."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"\x1b[2Ja": torch.zeros(1), "b\x9b31m\u202e": torch.zeros(1)}, "z.safetensors")
+    with pytest.raises(ValueError) as caught:
+        load_latents(Path("z.safetensors"))
+    assert explain(caught.value, "").isprintable()
+    Path("\x1b[2J.png").write_text("no picture")
+    assert main(["upscale", "\x1b[2J.png", "out.png", "--device", "cpu"]) == 2
+    Path("folder").mkdir()
+    for name in ("\x1b]0;x\x07.png", "good.png"):
+        Path("folder", name).write_bytes(b"no picture")
+    assert main(["upscale", "folder", "out", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b[2J.png" in said and "\\x1b]0;x\\x07.png" in said
+    assert all(line.isprintable() for line in said.splitlines())
+    assert len(explain(ValueError("x" * 10**6), "")) < 2000
