@@ -6,6 +6,7 @@ Torch is imported where a tensor is made: what is wrong with a path can be told 
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -273,8 +274,9 @@ def expand_braces(pattern: str) -> list[str]:
     """
     from braceexpand import braceexpand
 
-    ends = re.findall(r"\{-?(\d+)\.\.-?(\d+)", pattern)
-    if all(len(end) < 8 for pair in ends for end in pair):  # a range is made before the names are
+    ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    fits = all(len(end) < 9 for pair in ends for end in pair)  # a range is made before the names are
+    if fits and math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) <= MOST_NAMES:
         names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
         if len(names) <= MOST_NAMES:
             return names

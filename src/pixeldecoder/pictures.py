@@ -87,7 +87,7 @@ def size(source: Path | bytes, name: object = None) -> tuple[int, int]:
         exif = Image.Exif()
         with suppress(Exception):  # broken EXIF turns nothing
             if image.format == "PNG":  # of which `getexif` would decode all
-                exif.load(_png_exif(image.fp))
+                exif.load(_png_exif(image.fp))  # type: ignore[attr-defined]
             elif image.format != "TIFF":  # which Pillow turns itself
                 exif = image.getexif()
         turned = exif.get(ExifTags.Base.Orientation) in TURNED

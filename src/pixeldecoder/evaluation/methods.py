@@ -223,7 +223,9 @@ def read_facts(name: str, load: Callable[[], PixelDecoderPipeline]) -> Facts:
             steps, frame = settings.get("default_num_inference_steps", 4), frame_of(settings.get("latent_space"))
             return Facts(config.get("scale", 4), frame, steps, student)
         files = ("model_index.json", "transformer/config.json")
-        places = [path / file if path.is_dir() else str(try_to_load_from_cache(hub_id(name), file)) for file in files]
+        places = [
+            path / file if path.is_dir() else str(try_to_load_from_cache(hub_id(name) or name, file)) for file in files
+        ]
         index, config = (json.loads(Path(place).read_text()) for place in places)
         student = index["scheduler"][1] != "DPMSolverMultistepScheduler"
         return Facts(config["scale"], frame_of(index["latent_space"]), index["default_num_inference_steps"], student)
