@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fuzz
-from conftest import tiny_pipeline
+from conftest import tiny_model, tiny_pipeline
 from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.bulk.output import MANIFEST, Output
 from pixeldecoder.cli import main
@@ -138,7 +138,7 @@ def test_a_network_of_absurd_size(change, tmp_path):
 def test_a_scheduler_that_cannot_be_made(tmp_path):
     from pixeldecoder.convert import save_reference_checkpoint
 
-    model = tiny_pipeline(text_embed_dim=8, num_layers=2).transformer
+    model = tiny_model()
     settings = {"pipeline": {}, "scheduler": {"_class_name": "FlowMatchLCMScheduler", "num_train_timesteps": [1]}}
     save_reference_checkpoint(model, tmp_path / "in.safetensors", settings)
     with pytest.raises(ValueError, match=r"in.safetensors: its scheduler: TypeError"):

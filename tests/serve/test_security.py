@@ -153,3 +153,17 @@ def test_faults_tell_nothing_of_the_inside():
     assert status["status"] == "failed" and "written it down" in status["error"]["message"]
     for text in (told, json.dumps(status), *(answer.text for answer in answers)):
         assert "secret" not in text and "RuntimeError" not in text
+
+
+@pytest.mark.parametrize("target", [b"/x?\xe7\xff", b"/" + b"x" * 9000, b"/v1/jobs/" + b"x" * 9000, b"/v1/jobs?\xff"])
+def test_messages_that_cite_what_was_sent(target, client):
+    """Whatever its bytes, and no more of it than anyone reads."""
+    bearer = f"Authorization: Bearer {TOKEN}".encode()
+    connection = connect(
+        client, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + bearer + b"\r\n\r\n"
+    )
+    said = b""
+    while piece := connection.recv(65536):
+        said += piece
+    connection.close()
+    assert said.split()[1] in (b"400", b"404", b"405") and len(said) < 3000

@@ -29,6 +29,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixeldecoder import __version__
+from pixeldecoder.errors import LONGEST
 from pixeldecoder.serve import api, remote
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.jobs import ClosedError, TooLargeError
@@ -122,7 +123,7 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> J
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+    return JSONResponse({"error": {"message": message[:LONGEST], "type": kind, "code": status}}, status, headers)
 
 
 def _to_page(path: str, http: HttpRequest) -> RedirectResponse:
@@ -151,10 +152,12 @@ def _invalid(http: HttpRequest, raised: Any) -> JSONResponse:
 def _http_error(http: HttpRequest, raised: Any) -> JSONResponse:
     text, headers = raised.detail, raised.headers
     if (raised.status_code, text) == (404, "Not Found"):
-        text = f"no such path: {http.url.path}; see /docs"
+        text = f"no such path: {http.scope['path']}; see /docs"
     elif (raised.status_code, text) == (405, "Method Not Allowed"):
-        text = f"{http.url.path} takes no {http.method}"
-        matching = [methods for path, methods in http.app.openapi()["paths"].items() if _matches(path, http.url.path)]
+        text = f"{http.scope['path']} takes no {http.method}"
+        matching = [
+            methods for path, methods in http.app.openapi()["paths"].items() if _matches(path, http.scope["path"])
+        ]
         headers = {"Allow": ", ".join(sorted(method.upper() for methods in matching for method in methods))}
     return error(raised.status_code, text, headers)
 
