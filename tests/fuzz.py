@@ -1046,7 +1046,7 @@ def seeds_words(folder: Path) -> list[Seed]:
 
 def read_words(path: Path) -> str | None:
     """What people type."""
-    from pixeldecoder.bulk.rows import find_rows
+    from pixeldecoder import files
     from pixeldecoder.cli.options import json_object, lora_and_strength
     from pixeldecoder.files import parse_size
     from pixeldecoder.ldm import parse_stop
@@ -1054,7 +1054,8 @@ def read_words(path: Path) -> str | None:
     from pixeldecoder.sources import Shards
 
     word = path.read_bytes().decode("utf-8", "surrogateescape").replace("\0", "")
-    for read in (parse_size, lora_and_strength, parse_stop, json_object, check_decoder_name, Shards, find_rows):
+    files.MOST_NAMES = 1000
+    for read in (parse_size, lora_and_strength, parse_stop, json_object, check_decoder_name, Shards):
         try:
             read(word)
         except ValueError as error:

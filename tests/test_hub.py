@@ -7,8 +7,10 @@ import pytest
 
 from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel
 from pixeldecoder.cli import main
-from pixeldecoder.files import expand_braces
+from pixeldecoder.cli.options import json_object
+from pixeldecoder.files import expand_braces, parse_size
 from pixeldecoder.hub import download, hub_id, is_code, is_command, repository
+from pixeldecoder.presets import check_decoder_name
 
 
 @pytest.fixture
@@ -130,3 +132,27 @@ def test_more_names_than_there_are_files(pattern, monkeypatch):
 
 def test_names_in_braces():
     assert expand_braces("a-{08..10}.{tar,x}") == ["a-08.tar", "a-08.x", "a-09.tar", "a-09.x", "a-10.tar", "a-10.x"]
+
+
+def test_braces_that_do_not_close():
+    with pytest.raises(ValueError, match=r"a-\{0: Unbalanced braces") as caught:
+        expand_braces("a-{0")
+    assert type(caught.value) is ValueError
+
+
+def test_a_home_of_nobody():
+    """ "~" before what is no user stays as it is."""
+    with pytest.raises(ValueError, match='no decoder "~nobody-here/x": no such folder'):
+        check_decoder_name("~nobody-here/x")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "7"])
+def test_arguments_that_are_no_object(text):
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        json_object(text)
+
+
+@pytest.mark.parametrize("size", ["1" * 400 + "GB", "9" * 400, "." * 3, "1e999GB"])
+def test_no_size(size):
+    with pytest.raises(ValueError, match="expected bytes, or a size"):
+        parse_size(size)

@@ -231,7 +231,7 @@ def test_loading_warns_of_nothing(tmp_path, recwarn):
         ("./nothing", "no encoder.*no such folder"),
         ("averaging:decode", "module:function"),
         ("nowhere:encode", "module:function"),
-        ("nothing", 'no encoder "nothing": expected "nano"'),
+        ("nothing", 'no encoder "nothing": no such folder: expected "nano"'),
     ],
 )
 def test_unknown(name, message):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
     import diffusers
 
     name = SPACES[name].encoder if name in SPACES else name
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         if hub_id(name) is None:
             raise ValueError(

@@ -105,7 +105,7 @@ def torch_device(name: str, option: str = "--device") -> str:
 
 def lora_file(name: str) -> Path:
     """A LoRA's file: itself, the one of a folder, or of a Hub repository."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     path = path if path.exists() else download(name, ["*.safetensors"])
     if path.is_file():
         return path
@@ -145,13 +145,15 @@ def load_loras(pipeline: PixelDecoderPipeline, loras: Sequence[tuple[str, float]
                     ours = "has no such layer" if weight is None else f"is {tuple(weight.shape)} there"
                     raise ValueError(f"not of this decoder, which {ours}: {key} {tuple(tensor.shape)}")
             pipeline.load_lora_weights(state, adapter_name=adapter)
+            if adapter not in getattr(pipeline.transformer, "peft_config", {}):
+                raise ValueError("none of its tensors is a LoRA of this decoder")
         strengths[adapter] = strength
     pipeline.set_adapters(list(strengths), list(strengths.values()))
 
 
 def load_diffusion_pipeline(name: str, dtype: torch.dtype, arguments: dict[str, Any]) -> Any:
     """`arguments` are those its call is to take."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     source = str(path) if path.exists() else repository(name)
     try:
         with blaming(f"{name} could not be loaded"):

@@ -270,14 +270,17 @@ def expand_braces(pattern: str) -> list[str]:
     """The names that "{000..041}" and "{a,b}" stand for.
 
     Raises:
-        ValueError: more than `MOST_NAMES`.
+        ValueError: more than `MOST_NAMES`, or braces that do not close.
     """
     from braceexpand import braceexpand
 
     ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
     fits = all(len(end) < 9 for pair in ends for end in pair)  # a range is made before the names are
     if fits and math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) <= MOST_NAMES:
-        names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
+        try:
+            names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
+        except ValueError as error:
+            raise ValueError(f"{pattern:.200}: {error!s:.100}") from None
         if len(names) <= MOST_NAMES:
             return names
     raise ValueError(f"{pattern:.200}: stands for more than {MOST_NAMES} files")
@@ -311,7 +314,9 @@ def parse_size(size: int | str) -> int:
     Raises:
         ValueError: anything else, or nothing.
     """
-    match = re.fullmatch(r"(?:(\d+)|(\d*\.?\d+)\s*([KMG])(I?)B?)", str(size).strip(), re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(
+        r"(?:(\d{1,20})|(\d{0,15}\.?\d{1,15})\s*([KMG])(I?)B?)", str(size).strip(), re.IGNORECASE | re.ASCII
+    )
     unit = (1024 if match[4] else 1000) ** (1 + "KMG".index(match[3].upper())) if match and match[3] else 1
     if isinstance(size, bool) or match is None or (count := int(float(match[1] or match[2]) * unit)) < 1:
         raise ValueError(f'{size}: expected bytes, or a size such as "6GB"')

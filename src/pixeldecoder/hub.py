@@ -84,4 +84,4 @@ def unreachable(name: str, error: Exception) -> ValueError:
 def cache_folder() -> Path:
     """$PIXELDECODER_CACHE, or pixeldecoder in the user's cache folder."""
     base = os.environ.get("PIXELDECODER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "pixeldecoder"
-    return Path(base).expanduser()
+    return Path(os.path.expanduser(base))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ class LoadedPipeline(DiffusionPipeline):
         if name == "nano":
             with _quiet_bars():
                 return super().from_pretrained(NANO, **kwargs)
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_file():
             return cls.from_single_file(path, **kwargs)
         check_decoder_name(name)
@@ -137,7 +138,7 @@ class LoadedPipeline(DiffusionPipeline):
 
         Weights in float8, in which nothing computes, come as bfloat16 unless `dtype` says otherwise.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         transformer = load_reference_model(path, preset, dtype, **overrides)
         if any(parameter.dtype.itemsize == 1 for parameter in transformer.parameters()):
             transformer.to(torch.bfloat16)

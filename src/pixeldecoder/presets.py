@@ -1,6 +1,7 @@
 """A released checkpoint's name in; its configuration, latent space and licence out ."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ def told_config(name: str) -> dict[str, Any] | None:
     first. What is missing is the model's default."""
     if name in PRESETS:
         return PRESETS[name].config
-    folder = NANO if name == "nano" else Path(name).expanduser()
+    folder = NANO if name == "nano" else Path(os.path.expanduser(name))
     try:
         config = json.loads((folder / "transformer" / "config.json").read_text())
     except (OSError, ValueError):
@@ -131,7 +132,7 @@ def told_config(name: str) -> dict[str, Any] | None:
 
 def check_decoder_name(name: str) -> None:
     """Raises ValueError if there can be no decoder of that name."""
-    if name != "nano" and name not in PRESETS and not Path(name).expanduser().exists() and hub_id(name) is None:
+    if name != "nano" and name not in PRESETS and not Path(os.path.expanduser(name)).exists() and hub_id(name) is None:
         raise ValueError(
             f'no decoder "{name}": no such folder or file{or_from_hub(name)}: expected "nano", a folder, a checkpoint '
             f"file, a Hub id (owner/name) or one of the released names {', '.join(PRESETS)}"

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from pathlib import Path
 
 from pixeldecoder.hub import hub_id
@@ -37,7 +38,7 @@ def _weights(decoder: str) -> Path | None:
     """The file or folder that a decoder's name stands for."""
     if decoder == "nano":
         return NANO
-    path = Path(decoder).expanduser()
+    path = Path(os.path.expanduser(decoder))
     if path.exists():
         return path
 

@@ -350,10 +350,10 @@ def check_memory(size: str) -> None:
 def json_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"--pipeline-args {text}: expected a JSON object")
+        raise ValueError(f"--pipeline-args {text:.200}: expected a JSON object")
     return found
 
 

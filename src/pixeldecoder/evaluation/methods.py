@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import time
 import zlib
@@ -208,7 +209,7 @@ def read_facts(name: str, load: Callable[[], PixelDecoderPipeline]) -> Facts:
         name: as for `PixelDecoderPipeline.from_pretrained`.
         load: called where nothing that is on this machine tells: it fetches the decoder, or says what is wrong.
     """
-    path = NANO if name == "nano" else Path(name).expanduser()
+    path = NANO if name == "nano" else Path(os.path.expanduser(name))
     preset = PRESETS.get(name)
     if preset and not isinstance(try_to_load_from_cache(HUB_REPOSITORY, preset.filename), str):
         preset = None
