@@ -31,7 +31,7 @@ def explain(error: Exception, command: str) -> str | None:
         extras = ["train", *EXTRAS] if training else EXTRAS
         extra = next((extra for extra in extras if module in EXTRAS[extra]), None)
         return f"{text}: pip install 'pixeldecoder[{extra}]'" if extra else text
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text)):
+    if out_of_memory(error):
         smaller = "a smaller --micro-batch-size" if training else "--max-memory (such as 6GB) or a smaller --tile"
         return f"out of memory: try {smaller} ({text[:200]})"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
@@ -39,6 +39,12 @@ def explain(error: Exception, command: str) -> str | None:
     if isinstance(error, ValueError | OSError) or type(error).__name__ == "SafetensorError":
         return text
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is PyTorch's, a device's or Python's way to say so."""
+    told = isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(told)
 
 
 def require(user: str, extra: str, *modules: str) -> None:

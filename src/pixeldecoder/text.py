@@ -103,7 +103,11 @@ class PromptEncoder:
             for prompt, embed in zip(new, encode_prompts(new, *self._load(device), device).split(1), strict=True):
                 embeds[prompt] = embed.clone()  # a view would keep the whole batch in memory
                 if self.cache is not None:
-                    save_prompt_embeds(embed.cpu(), self.cache / f"{keys[prompt]}.safetensors", prompt)
+                    try:
+                        save_prompt_embeds(embed.cpu(), self.cache / f"{keys[prompt]}.safetensors", prompt)
+                    except (OSError, SafetensorError) as error:  # the next run encodes it anew
+                        logger.warning(f"the encoded prompt is not kept: {error}")
+                        self.cache = None
         for prompt, key in keys.items():
             self._seen.pop(key, None)
             self._seen[key] = embeds[prompt]
@@ -124,7 +128,13 @@ class PromptEncoder:
         if key in self._seen:
             return self._seen[key].to(device)
         path = self.cache / f"{key}.safetensors" if self.cache is not None else None
-        return load_prompt_embeds(path).to(device) if path is not None and path.is_file() else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            return load_prompt_embeds(path).to(device)
+        except ValueError as error:
+            logger.warning(f"encoded anew, as what was kept is damaged: {error}")
+            return None
 
     def _load(self, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         if self._parts is None:

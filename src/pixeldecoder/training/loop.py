@@ -143,4 +143,4 @@ def _train(
 
 def seconds(device: torch.device) -> float:
     """A clock: of a CPU the time that this process computes on each thread."""
-    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.time()
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
