@@ -8,6 +8,7 @@ with the first of its kind, every finished folder with the first. Prints what wa
 the server's memory after its first fifth; fails if anything was lost, wrong, or not cleaned up, or if the memory rises.
 """
 
+import io
 import json
 import os
 import random
@@ -118,7 +119,7 @@ class Load:
         if answer.status_code != 200:
             self.wrong.append(f"{kind}: {answer.status_code} {answer.text[:200]}")
             return
-        array = np.asarray(Image.open(requests.compat.BytesIO(answer.content)))
+        array = np.asarray(Image.open(io.BytesIO(answer.content)))
         # A batch changes the last bits of a float, and so now and then a pixel by one: compared coarsely.
         self.compare(kind, np.array(array.shape).tobytes() + (array.astype(int).mean((0, 1)).round()).tobytes())
 

@@ -111,6 +111,7 @@ def inspect_latents(path: Path) -> tuple[tuple[int, ...], tuple[int, int] | None
         return tuple(latents.tensor.shape), latents.size
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    path.open("rb").close()  # safetensors says of what may not be read that it is not there
     try:
         with safe_open(path, "numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no dictionary

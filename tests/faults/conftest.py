@@ -32,6 +32,8 @@ def things():
     for index in range(3):
         z = torch.randn(16, 2, 3, generator=torch.Generator().manual_seed(index))
         save_file({"latents": z}, folder / "latents" / f"{index}.safetensors")
+    for path in folder.rglob("*.safetensors"):  # which are their owner's alone
+        path.chmod(0o644)
     yield folder
     shutil.rmtree(folder)
 

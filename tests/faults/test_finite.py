@@ -34,6 +34,7 @@ def make_nan(module, args, result):
     return result * torch.nan if torch.is_tensor(result) else None
 
 
+@pytest.mark.slow
 def test_activations():
     """Layers in turn make them, of weights that are sound; a layer that the decode does not run is not found."""
     found, tried = 0, LAYERS[::12]

@@ -122,4 +122,4 @@ def plot(log: Path, target: Path) -> None:
         axes.plot([line["step"] for line in lines if name in line], [line[name] for line in lines if name in line])
         axes.set_title(name)
         axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=100)
+    write_whole(target, lambda path: figure.savefig(path, dpi=100))
