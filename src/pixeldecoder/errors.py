@@ -36,7 +36,7 @@ def explain(error: Exception, command: str) -> str | None:
         extras = ["train", *EXTRAS] if training else EXTRAS
         extra = next((extra for extra in extras if module in EXTRAS[extra]), None)
         return f"{text}: pip install 'pixeldecoder[{extra}]'" if extra else text
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(text)):
+    if out_of_memory(error):
         smaller = "a smaller --micro-batch-size" if training else "--max-memory (such as 6GB) or a smaller --tile"
         return f"out of memory: try {smaller} ({text[:200]})"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
@@ -49,6 +49,12 @@ def explain(error: Exception, command: str) -> str | None:
 def printable(text: str) -> str:
     """What strangers call their files and tensors shall not steer the terminal: shown as Python writes it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is PyTorch's, a device's or Python's way to say so."""
+    told = isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(told)
 
 
 def require(user: str, extra: str, *modules: str) -> None:

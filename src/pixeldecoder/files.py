@@ -3,6 +3,7 @@
 Torch is imported where a tensor is made: what is wrong with a path can be told before.
 """
 
+import errno
 import io
 import json
 import logging
@@ -15,7 +16,8 @@ import socket
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -113,6 +115,7 @@ def inspect_latents(path: Path) -> tuple[tuple[int, ...], tuple[int, int] | None
         return tuple(latents.tensor.shape), latents.size
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    path.open("rb").close()  # safetensors says of what may not be read that it is not there
     try:
         with safe_open(path, "numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no dictionary
@@ -385,11 +388,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Whole or not at all: written under another name, then renamed. A link is followed."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_once(path.parent)
     temporary = _temporary(path, path.suffix)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave its files to their owner alone
-        write(temporary)
+        with _telling_errno(path):
+            write(temporary)
         temporary.chmod(mode)
         temporary.replace(path)
     finally:
@@ -399,10 +404,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
     """As `write_whole`, a folder, in place of the one that is there."""
     partial, old = (_temporary(path, f".{kind}") for kind in ("new", "old"))
+    sweep_once(path.parent)
     try:
         partial.mkdir(parents=True)
         mode = partial.stat().st_mode & 0o666  # as above, without the right to enter
-        write(partial)
+        with _telling_errno(path):
+            write(partial)
         for file in partial.rglob("*.safetensors"):
             file.chmod(mode)
         if path.exists():
@@ -412,6 +419,22 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists():
             shutil.rmtree(old) if path.exists() else old.rename(path)
+    for other in path.parent.glob(f"{old.name[:19]}*.old"):  # of runs killed between two renamings
+        if not _runs(int(other.name.split(".")[3])):
+            shutil.rmtree(other)
+
+
+@contextmanager
+def _telling_errno(path: Path) -> Iterator[None]:
+    """As an OSError, what safetensors and PyTorch say in their own ways of a disk that is full or broken."""
+    try:
+        yield
+    except Exception as error:
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
+        if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|unexpected pos", str(error)):
+            raise OSError(errno.EIO, "could not be written whole, as on a full disk", str(path)) from None
+        raise
 
 
 def _temporary(path: Path, suffix: str) -> Path:
@@ -422,6 +445,17 @@ def _temporary(path: Path, suffix: str) -> Path:
 
 def _machine() -> int:
     return zlib.crc32(socket.gethostname().encode())
+
+
+_SWEPT: set[Path] = set()
+
+
+def sweep_once(folder: Path) -> None:
+    """As `sweep`, but nothing in a folder where this process has done so."""
+    folder = folder.absolute()
+    if folder not in _SWEPT:
+        _SWEPT.add(folder)
+        sweep(folder)
 
 
 def sweep(folder: Path, alone: bool = False) -> None:

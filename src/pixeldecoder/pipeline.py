@@ -1,5 +1,6 @@
 """Latents in, an image 4 or 8 times larger than their autoencoder's out: `PixelDecoderPipeline`."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -26,9 +27,10 @@ from pixeldecoder.latents import SPACES, normalise, unpack_tokens
 from pixeldecoder.loading import LoadedPipeline
 from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.encoder import TinyLatentEncoder
+from pixeldecoder.models.finite import first_not_finite
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.pictures import read, to_tensor
-from pixeldecoder.plan import Limits, Plan, encode_in_tiles, plan
+from pixeldecoder.plan import Limits, Plan, encode_in_tiles, plan, within_memory
 from pixeldecoder.sampler import Velocity, check_steps, sample, set_times
 from pixeldecoder.text import PromptEncoder, encode_prompts
 
@@ -211,48 +213,77 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
             embeds = self._prompt_embeds(prompt, prompt_embeds, batch, "prompt")
             if self.guides(call.guidance_scale):
                 negative()
-            layout = plan(
-                self.transformer, height, width, batch, 0 if embeds is None else embeds.shape[1],
-                Limits(tile_size, tile_overlap, chunk_size, max_memory),
-                trained_size=self.config.trained_size, device=device,
-            )  # fmt: skip
-            call.layout = layout
-            _tell_plan(layout)
-            # Sampling works in float32 whatever the dtype of the network.
-            if noise is None:
-                noise = randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
-            image = noise.to(device, torch.float32)
-            del noise
-            with self.progress_bar(total=len(scheduler.timesteps) * layout.tiles.count) as progress:
-                network = Velocity(
-                    self.transformer, sigma, self._features(latents, sigma, layout, attention_kwargs), embeds, negative,
-                    lambda: call.guidance_scale if self.guides(call.guidance_scale) else None,
-                    layout.tiles, layout.chunk_size,
-                    self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, device), attention_kwargs,
-                    call.check_interrupt, progress.update,
+            generators = [one for one in given if one is not None]
+            states = [one.get_state() for one in generators]
+
+            def start() -> torch.Tensor:
+                for one, state in zip(generators, states, strict=True):
+                    one.set_state(state)  # as at the first try
+                if noise is not None:
+                    return noise.to(device, torch.float32)
+                # Sampling works in float32 whatever the dtype of the network.
+                return randn_tensor((batch, 3, height, width), generator, device, torch.float32)
+
+            def denoise(callback: Callable[..., dict[str, Any]] | None) -> torch.Tensor:
+                return self._denoise(
+                    call, start(), latents, sigma, embeds, negative, copy.deepcopy(scheduler), generator,
+                    attention_kwargs, callback, wanted,
                 )  # fmt: skip
 
-                steps = sample(network, image, scheduler, generator, "x0" in wanted)
-                with suppress(Interrupted):
-                    for step, timestep, image, x0 in steps:
-                        if callback_on_step_end is not None:
-                            tensors = {name: value for name, value in (("image", image), ("x0", x0)) if name in wanted}
-                            image.copy_((callback_on_step_end(self, step, timestep, tensors) or {}).get("image", image))
-                            del tensors
-                        del x0  # before the next step
+            def plan_for(memory: int | str | None) -> Plan:
+                return plan(
+                    self.transformer, height, width, batch, 0 if embeds is None else embeds.shape[1],
+                    Limits(tile_size, tile_overlap, chunk_size, memory),
+                    trained_size=self.config.trained_size, device=device,
+                )  # fmt: skip
 
-        del network, steps
-        image = image[..., : size[0], : size[1]]
-        if not image.isfinite().all():
-            dtype = str(self.transformer.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{int((~image.isfinite()).sum())} of the image's {image.numel()} values are NaN or infinite, of a "
-                f"network in {dtype}: "
-                + ("use bfloat16 or float32" if dtype == "float16" else "its weights are damaged, or not a decoder's")
-            )
+            def run(layout: Plan) -> torch.Tensor:
+                call.layout = layout
+                _tell_plan(layout)
+                return denoise(callback_on_step_end)
+
+            image = within_memory(plan_for, run, device, max_memory)[..., : size[0], : size[1]]
+            if not image.isfinite().all():
+                first = first_not_finite({"transformer": self.transformer}, lambda: denoise(None))
+                raise ValueError(_not_finite(image, self.transformer.dtype, first))
         images = postprocess(image, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self,
+        call: Call,
+        image: torch.Tensor,
+        latents: torch.Tensor | None,
+        sigma: torch.Tensor,
+        embeds: torch.Tensor | None,
+        negative: Callable[[], torch.Tensor | None],
+        scheduler: SchedulerMixin,
+        generator: torch.Generator | list[torch.Generator] | None,
+        attention_kwargs: dict[str, Any] | None,
+        callback: Callable[..., dict[str, Any]] | None,
+        wanted: set[str],
+    ) -> torch.Tensor:
+        """Noise (B, 3, H, W), float32 whatever the dtype of the network, to an image, as `call.layout` cuts it."""
+        layout = call.layout
+        assert layout is not None
+        with self.progress_bar(total=len(scheduler.timesteps) * layout.tiles.count) as progress:
+            network = Velocity(
+                self.transformer, sigma, self._features(latents, sigma, layout, attention_kwargs), embeds, negative,
+                lambda: call.guidance_scale if self.guides(call.guidance_scale) else None,
+                layout.tiles, layout.chunk_size,
+                self.transformer.image_rotary(layout.tiles.height, layout.tiles.width, image.device), attention_kwargs,
+                call.check_interrupt, progress.update,
+            )  # fmt: skip
+            steps = sample(network, image, scheduler, generator, "x0" in wanted)
+            with suppress(Interrupted):
+                for step, timestep, image, x0 in steps:
+                    if callback is not None:
+                        tensors = {name: value for name, value in (("image", image), ("x0", x0)) if name in wanted}
+                        image.copy_((callback(self, step, timestep, tensors) or {}).get("image", image))
+                        del tensors
+                    del x0  # before the next step
+        return image
 
     @torch.no_grad()
     def encode_prompt(
@@ -563,6 +594,20 @@ def _picture_tensor(image: Any) -> torch.Tensor:
 def _described(value: Any) -> str:
     """What came in place of a tensor, or of one of another shape."""
     return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _not_finite(image: torch.Tensor, dtype: torch.dtype, first: str | None) -> str:
+    """What is told of an image with such values.
+
+    Args:
+        first: where the network has the first of them.
+    """
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"{int((~image.isfinite()).sum())} of the image's {image.numel()} values are NaN or infinite, of a network in "
+        f"{name}" + (f" (the first in {first})" if first else "") + ": "
+        + ("use bfloat16 or float32" if name == "float16" else "its weights are damaged, or not a decoder's")
+    )  # fmt: skip
 
 
 def _tell_plan(layout: Plan) -> None:

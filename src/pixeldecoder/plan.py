@@ -1,5 +1,6 @@
 """A network, an image size and a memory budget in; how to run it, and what it will take, out."""
 
+import logging
 import math
 import re
 import sys
@@ -9,18 +10,23 @@ from dataclasses import dataclass
 from itertools import product
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
+from pixeldecoder.errors import out_of_memory
 from pixeldecoder.files import parse_size
 from pixeldecoder.models.base import BAND, HALO, LatentDecoder
 from pixeldecoder.models.layers import attention
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.tiling import Tiles, cut, tiled_latents
+
+logger = logging.getLogger(__name__)
+_Cut = TypeVar("_Cut")
+_Result = TypeVar("_Result")
 
 MIB = 2**20
 OVERLAP = 64
@@ -37,6 +43,8 @@ OVERHEAD = 1.25
 """Time of a whole pass over that of its matrix products and attention."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container on Linux reads its limits."""
+LESS = 0.8
+"""Of what a plan would have taken, what the next one may take."""
 WORKSPACE = 96 * MIB
 """Bytes that libraries allocate for themselves: oneDNN's kernels, cuBLAS' workspace, fragments."""
 SMALLEST_ENCODED = 256
@@ -238,8 +246,59 @@ def encode_in_tiles(
     max_memory: int | str | None = None,
 ) -> torch.Tensor:
     """The latents of an image (B, 3, H, W), whole or in tiles as `plan_encoder` says of its `autoencoder`."""
-    tiles = plan_encoder(autoencoder, image.shape[-2], image.shape[-1], len(image), cell, max_memory)
-    return encoder(image) if tiles.count == 1 else tiled_latents(encoder, image, tiles)
+
+    def cut_for(memory: int | str | None) -> Tiles:
+        return plan_encoder(autoencoder, image.shape[-2], image.shape[-1], len(image), cell, memory)
+
+    def run(tiles: Tiles) -> torch.Tensor:
+        return encoder(image) if tiles.count == 1 else tiled_latents(encoder, image, tiles)
+
+    return within_memory(cut_for, run, image.device, max_memory)
+
+
+def within_memory(
+    plan_for: Callable[[int | str | None], _Cut],
+    run: Callable[[_Cut], _Result],
+    device: torch.device,
+    max_memory: int | str | None = None,
+) -> _Result:
+    """Run what is planned; if the device runs out of memory all the same, as others use it too, plan for less memory
+    until the plan is another, say so, and run that.
+
+    Args:
+        plan_for: a budget, as in `Limits`; raises ValueError if nothing is so small.
+        run: may be called several times.
+
+    Raises:
+        RuntimeError, MemoryError: of the smallest plan there is.
+    """
+    budget, held = memory_budget(device, max_memory), held_memory(device)
+    made = plan_for(max_memory)
+    while True:
+        try:
+            return run(made)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            failed = error.with_traceback(None)  # whose frames hold what is to be free
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        before, taken = made, getattr(made, "memory", budget) - held - WORKSPACE
+        held = held_memory(device)
+        while _same_cut(made, before):
+            taken = int(LESS * taken)
+            budget = held + WORKSPACE + taken
+            try:
+                made = plan_for(budget)
+            except ValueError:
+                raise failed from None
+        logger.warning(f"out of memory: trying once more with {made}")
+
+
+def _same_cut(one: Any, other: Any) -> bool:
+    if isinstance(one, Plan):
+        return (one.tiles, one.chunk_size, one.base_rows) == (other.tiles, other.chunk_size, other.base_rows)
+    return one == other
 
 
 def default_chunk_size(model: PixelDecoderTransformer2DModel, device: torch.device) -> int:

@@ -103,7 +103,11 @@ class PromptEncoder:
             for prompt, embed in zip(new, encode_prompts(new, *self._load(device), device).split(1), strict=True):
                 embeds[prompt] = embed.clone()  # a view would keep the whole batch in memory
                 if self.cache is not None:
-                    save_prompt_embeds(embed.cpu(), self.cache / f"{keys[prompt]}.safetensors", prompt)
+                    try:
+                        save_prompt_embeds(embed.cpu(), self.cache / f"{keys[prompt]}.safetensors", prompt)
+                    except (OSError, SafetensorError) as error:  # the next run encodes it anew
+                        logger.warning(f"the encoded prompt is not kept: {error}")
+                        self.cache = None
         for prompt, key in keys.items():
             self._seen.pop(key, None)
             self._seen[key] = embeds[prompt]

@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from pixeldecoder.errors import explain, printable
-from pixeldecoder.files import IMAGE_SUFFIXES, check_new, check_writable, is_folder, sweep
+from pixeldecoder.files import IMAGE_SUFFIXES, check_new, check_writable, is_folder
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors that the next file would meet, too."""
 
 
@@ -162,13 +162,11 @@ class Jobs:
                 self.jobs.append(job)
 
     def run(self, make: Callable[[Job], None]) -> None:
-        """Each job under a progress bar; what a killed run left half written is deleted first.
+        """Each job under a progress bar.
 
         Raises:
             ValueError: files of a folder could not be used; they have been named with their reasons.
         """
-        for folder in {target.parent for job in self.jobs for target in job.targets}:
-            sweep(folder)
         for job in tqdm(self.jobs, desc="files", disable=len(self.jobs) < 2):
             with self._failing(job.source):
                 make(job)

@@ -109,6 +109,10 @@ def main(args: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if args is None else args
     be_quiet()
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed, and its number free for a file that a library would write over
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a file's name in a terminal that cannot show it
     ours, handler = logging.getLogger("pixeldecoder"), logging.StreamHandler()
     handler.setFormatter(Plain())
     ours.setLevel(logging.INFO)
@@ -133,13 +137,21 @@ def main(args: list[str] | None = None) -> int:
             code = 0
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python would complain of it once more when it flushes at its end.
-        for stream in sys.stdout, sys.stderr:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _discard(sys.stdout, sys.stderr)
         return 128 + 13  # as of a tool that dies of SIGPIPE
+    except OSError as error:  # a full disk
+        _discard(sys.stdout)
+        print(f"pixeldecoder: what was to be printed could not be written: {error.strerror}", file=sys.stderr)
+        return 2
     finally:
         ours.removeHandler(handler)
     return code
+
+
+def _discard(*streams: Any) -> None:
+    """What they hold: Python would complain of it once more when it flushes at its end."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def entry_point() -> None:

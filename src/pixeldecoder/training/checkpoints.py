@@ -101,7 +101,8 @@ class Checkpoints:
         partial = target.with_suffix(PARTIAL)
         try:
             if is_main():
-                shutil.rmtree(partial, ignore_errors=True)
+                for left in self.folder.glob(f"*{PARTIAL}"):  # by a run that was killed, at this step or another
+                    shutil.rmtree(left, ignore_errors=True)
                 partial.mkdir(parents=True)
             barrier()
             dcp.save(self._state(parts, average), checkpoint_id=partial, no_dist=not dist.is_initialized())

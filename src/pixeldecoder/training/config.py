@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pixeldecoder.errors import require
-from pixeldecoder.files import check_writable
+from pixeldecoder.files import check_writable, write_whole
 from pixeldecoder.hub import is_code, is_command
 from pixeldecoder.presets import TEXT_ENCODER
 
@@ -449,7 +449,8 @@ def to_dict(config: Run) -> dict:
 def write_yaml(config: Run, path: Path) -> None:
     import yaml
 
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_whole(path, lambda file: file.write_text(text))
 
 
 def _adapter(kind: type):

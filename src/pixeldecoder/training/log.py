@@ -23,7 +23,7 @@ class Log:
         self.config, self.accelerator = config, accelerator
         self.path = config.output / "log.jsonl"
         self.terms: dict[str, list[float]] = {}
-        self.since = time.time()
+        self.since = time.monotonic()
         if accelerator.is_main_process:
             config.output.mkdir(parents=True, exist_ok=True)
             write_yaml(config, config.output / "config.yaml")
@@ -44,15 +44,15 @@ class Log:
             return
         count = max(map(len, self.terms.values()))
         values = {name: sum(found) / len(found) for name, found in self.terms.items()}
-        values["samples_per_second"] = samples * count / max(1e-9, time.time() - self.since)
+        values["samples_per_second"] = samples * count / max(1e-9, time.monotonic() - self.since)
         values["memory_gb"] = measured_peak(self.accelerator.device) / 1e9
         bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
         self._write(step, values)
-        self.terms, self.since = {}, time.time()
+        self.terms, self.since = {}, time.monotonic()
 
     def validation(self, step: int, bar: tqdm, validate: Callable[[], dict]) -> None:
         """What cannot be validated is told; the run goes on."""
-        begun, failed, result = time.time(), "", {}
+        begun, failed, result = time.monotonic(), "", {}
         try:
             result = validate()
         except (RuntimeError, ValueError) as error:  # such as too little memory
@@ -60,7 +60,7 @@ class Log:
                 raise  # the other processes wait for this one in the middle of it
             failed = " ".join(str(error).split())[:300]
         # Not training.
-        self.since += time.time() - begun
+        self.since += time.monotonic() - begun
         bar.unpause()
         if failed:
             tell(f"step {step}: no validation: {failed}")
@@ -122,4 +122,4 @@ def plot(log: Path, target: Path) -> None:
         axes.plot([line["step"] for line in lines if name in line], [line[name] for line in lines if name in line])
         axes.set_title(name)
         axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=100)
+    write_whole(target, lambda path: figure.savefig(path, dpi=100))

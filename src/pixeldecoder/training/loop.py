@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
+from pixeldecoder.files import write_whole
 from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training.checkpoints import Checkpoints, export, is_main
 from pixeldecoder.training.config import Prior, Run, Student, Teacher, check
@@ -71,7 +72,8 @@ def train(config: Run, stage: Callable[[Any, Accelerator], Stage] | None = None)
         if source.skipped.reasons and is_main():
             tell(str(source.skipped))
             with suppress(OSError):
-                (config.output / "skipped.json").write_text(json.dumps(source.skipped.reasons, indent=1))
+                text = json.dumps(source.skipped.reasons, indent=1)
+                write_whole(config.output / "skipped.json", lambda path: path.write_text(text))
 
 
 def _train(
@@ -157,4 +159,4 @@ def keep_freed_memory() -> None:
 
 def seconds(device: torch.device) -> float:
     """A clock: of a CPU the time that this process computes on each thread."""
-    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.time()
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from pixeldecoder.models.finite import first_not_finite
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training.config import Optimizer, Run
@@ -195,7 +196,8 @@ def update(
         The terms' means over all processes, and each part's gradient norm before it is cut.
 
     Raises:
-        TrainingError: a loss or a gradient that is not finite; the weights of all parts are then as before.
+        TrainingError: a loss, whose first such layer is named, or a gradient that is not finite; the weights of all
+            parts are then as before.
     """
     rows = []
     for index, batch in enumerate(batches):
@@ -216,7 +218,12 @@ def update(
         ]
         if not all(math.isfinite(values[name]) for name in terms):
             where = f", in the batch of {', '.join(bad)}" if bad else " in another process, which names the batch"
-            raise TrainingError(f"the loss of step {step} is not finite{where}")
+            first = None
+            if accelerator.num_processes == 1:  # several would wait for one another
+                networks = {name: part.module for name, part in parts.items()}
+                first = first_not_finite(networks, lambda: [losses(batch) for batch in batches])
+            told = f" (the first in {first})" if first else ""
+            raise TrainingError(f"the loss of step {step} is not finite{told}{where}")
         found = ", ".join(name for name in parts if not math.isfinite(values[f"gradient_norm_{name}"]))
         seen = [name for batch in batches for name in batch.names]
         raise TrainingError(
