@@ -183,7 +183,7 @@ def test_whatever_the_frame_is_drawn_with(encoding):
         ("decode z.pt a.png --tile-overlap -1", "--tile-overlap -1: expected 0 pixels or more"),
         ("decode z.pt a.png --max-memory 0GB", '--max-memory 0GB: expected bytes, or a size such as "6GB"'),
         ("decode z.pt a.png --max-memory 6XB", '--max-memory 6XB: expected bytes, or a size such as "6GB"'),
-        ("decode z.pt a.png --decoder nanoo", 'no decoder "nanoo": expected "nano", a folder or a checkpoint file'),
+        ("decode z.pt a.png --decoder nanoo", 'no decoder "nanoo": no such folder or file: expected "nano", a folder'),
         ("decode z.pt a.png --lora none", "--lora none: expected a file, a folder or a Hub id (owner/name)"),
         ("decode z.pt a.png --save-prompt-embeds p.pt", "p.pt: expected a file ending in .safetensors"),
         ("decode none.pt a.png", "none.pt: no such file or folder"),

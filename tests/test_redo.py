@@ -156,7 +156,7 @@ def test_another_version_is_told(monkeypatch, capsys):
     assert main(["upscale", "a.png", "b.png", *FAST]) == 0
     monkeypatch.setattr("pixeldecoder.cli.redo.__version__", "9.9")
     assert main(["redo", "b.png"]) == 0
-    assert f"made by pixeldecoder {__version__}, and now by 9.9: it may differ\n" in capsys.readouterr().err
+    assert f"made by pixeldecoder {__version__}, now by 9.9: it may differ\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])

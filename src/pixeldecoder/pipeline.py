@@ -222,7 +222,7 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
                 if noise is not None:
                     return noise.to(device, torch.float32)
                 # Sampling works in float32 whatever the dtype of the network.
-                return randn_tensor((batch, 3, height, width), generator, device, torch.float32)
+                return randn_tensor((batch, 3, height, width), generator=generator, device=device, dtype=torch.float32)
 
             def denoise(callback: Callable[..., dict[str, Any]] | None) -> torch.Tensor:
                 return self._denoise(

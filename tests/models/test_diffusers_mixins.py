@@ -150,12 +150,12 @@ def test_weights_that_do_not_fit_are_refused(change, message, tmp_path):
         PixelDecoderTransformer2DModel.from_pretrained(tmp_path)
 
 
-def test_quantized_weights_may_have_other_names(monkeypatch):
+def test_quantized_weights_may_have_other_names(monkeypatch, tmp_path):
     """bitsandbytes stores what it needs beside them; it quantises on a GPU alone."""
     loaded = SimpleNamespace(hf_quantizer=object()), {"missing_keys": [], "unexpected_keys": ["weight.absmax"]}
     monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(lambda cls, path, **kwargs: loaded))
-    assert PixelDecoderTransformer2DModel.from_pretrained("x") is loaded[0]
-    assert PixelDecoderTransformer2DModel.from_pretrained("x", output_loading_info=True) == loaded
+    assert PixelDecoderTransformer2DModel.from_pretrained(tmp_path) is loaded[0]
+    assert PixelDecoderTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True) == loaded
 
 
 # Outputs, training

@@ -137,7 +137,7 @@ def _cause(error: BaseException) -> Exception | None:
     cause: Any = error
     while isinstance(cause, ray.exceptions.RayError):
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if inner is None and isinstance(cause, ray.exceptions.ActorDiedError):  # which has it as text alone
+        if isinstance(cause, ray.exceptions.ActorDiedError):  # which has it as text alone
             name, _, said = str(cause).strip().splitlines()[-1].partition(": ")
             kind = getattr(builtins, name, None)
             inner = kind(said) if isinstance(kind, type) and issubclass(kind, Exception) else None
