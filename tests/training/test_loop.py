@@ -264,7 +264,7 @@ def test_psnr_is_the_mean_over_images():
 def test_validation_is_not_counted_as_training_time(teacher, monkeypatch):
     """Neither by the bar nor in samples per second."""
     clock = [1000.0]
-    monkeypatch.setattr(log.time, "time", lambda: clock[0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
     logged = loop.Log(teacher, Accelerator(cpu=True), 0)
     bar = loop.tqdm(total=10, disable=False, mininterval=0)
     bar._time = lambda: clock[0]
@@ -288,7 +288,7 @@ def test_validation_is_not_counted_as_training_time(teacher, monkeypatch):
 def test_log_lines_are_means_over_their_steps(teacher, monkeypatch):
     """Of the terms, and samples over time, of the whole batch; the last step has a line, too."""
     clock = [1000.0]
-    monkeypatch.setattr(log.time, "time", lambda: clock[0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
 
     def update(stage, batches, step, progress):
         clock[0] += 3

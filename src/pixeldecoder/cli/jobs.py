@@ -167,9 +167,10 @@ class Jobs:
         Raises:
             ValueError: files of a folder could not be used; they have been named with their reasons.
         """
-        for job in tqdm(self.jobs, desc="files", disable=len(self.jobs) < 2):
-            with self._failing(job.source):
-                make(job)
+        with tqdm(self.jobs, desc="files", disable=len(self.jobs) < 2) as jobs:  # errors start a line of their own
+            for job in jobs:
+                with self._failing(job.source):
+                    make(job)
         self.finish()
 
     def finish(self) -> None:
