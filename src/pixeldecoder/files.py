@@ -341,7 +341,8 @@ def image_bytes(
 ) -> bytes:
     """What `save_image` writes into a file with this suffix; warnings call it `name`."""
     suffix = suffix.lower()
-    options: dict[str, Any] = {} if suffix == ".png" else {"quality": 95}
+    # PNG's usual level, 6, takes two to three times as long for 2 % fewer bytes.
+    options: dict[str, Any] = {"compress_level": 4} if suffix == ".png" else {"quality": 95}
     if made is not None:
         text = json.dumps(made)
         if suffix == ".png":
