@@ -198,7 +198,8 @@ def test_a_single_files_error_is_raised_as_it_is():
 
 def test_a_bar_is_for_several(monkeypatch):
     shown = []
-    monkeypatch.setattr(jobs_module, "tqdm", lambda several, desc, disable: shown.append(not disable) or several)
+    bar = jobs_module.tqdm
+    monkeypatch.setattr(jobs_module, "tqdm", lambda **given: shown.append(not given["disable"]) or bar(**given))
     for files in ("in/a.jpg",), ("in/a.jpg", "in/b.jpg"):
         made(files=files).run(lambda job: None)
     assert shown == [False, True]

@@ -174,7 +174,15 @@ def test_slider_by_mouse_and_keyboard(open_page, picture):
     page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.2 * box["height"])
     page.mouse.wheel(0, -500)
     expect(images.first).to_have_attribute("style", re.compile(r"scale\(1\.[1-9]|scale\([2-9]|scale\(1\.0[1-9]"))
-    assert small < images.first.bounding_box()["width"] == images.last.bounding_box()["width"]
+    page.wait_for_function(  # it moves there
+        """small => {
+            const images = [...document.querySelectorAll("[data-testid=imageslider-image]")]
+            const [one, other] = [images[0], images.at(-1)].map(image => image.getBoundingClientRect().width)
+            return small < one && one === other
+        }""",
+        arg=small,
+    )
+    assert small < images.first.bounding_box()["width"]
     shoot(page, "zoomed")
 
 

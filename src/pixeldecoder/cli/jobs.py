@@ -167,10 +167,17 @@ class Jobs:
         Raises:
             ValueError: files of a folder could not be used; they have been named with their reasons.
         """
-        with tqdm(self.jobs, desc="files", disable=len(self.jobs) < 2) as jobs:  # errors start a line of their own
-            for job in jobs:
+        bar = tqdm(total=len(self.jobs), desc="files", disable=len(self.jobs) < 2)
+        try:
+            for job in self.jobs:
                 with self._failing(job.source):
                     make(job)
+                bar.update()
+        except BaseException:
+            bar.delay = 0  # a line that was written has shown it: what is told next has a line of its own
+            raise
+        finally:
+            bar.close()
         self.finish()
 
     def finish(self) -> None:
