@@ -197,17 +197,22 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[IO[str]]:
-    """Ray's own lines, which its logs have, too, stay off the screen, which is given."""
-    sys.stderr.flush()
-    screen = os.dup(2)
+    """Ray's own lines, which its logs have, too, stay off both streams; the screen is given."""
+    streams = {1: sys.stdout, 2: sys.stderr}
+    for stream in streams.values():
+        stream.flush()
+    kept = {number: os.dup(number) for number in streams}
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+        for number in streams:
+            os.dup2(nowhere.fileno(), number)
     try:
-        with os.fdopen(screen, "w", closefd=False) as file:
+        with os.fdopen(kept[2], "w", closefd=False) as file:
             yield file
     finally:
-        os.dup2(screen, 2)
-        os.close(screen)
+        for number, stream in streams.items():
+            stream.flush()
+            os.dup2(kept[number], number)
+            os.close(kept[number])
 
 
 @contextlib.contextmanager
