@@ -62,6 +62,7 @@ def test_read_only(zygote, things, here, command):
     (here / "disk").mkdir()
     target = "disk/out" if command is not convert else "disk/out.safetensors"
     one_line(mounted(zygote.run(here, *command(things, target), read_only="disk")), "may not be written to")
+    assert not any((here / "disk").iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another")
@@ -74,6 +75,7 @@ def test_a_folder_of_another_user(zygote, things, here):
     unreadable.chmod(0)
     words = ["decode", unreadable, "a.png", "--decoder", things / "decoder", *FAST]
     one_line(zygote.run(here, *words, user="65534"), "ermission denied")
+    assert not any((here / "closed").iterdir()) and not (here / "a.png").exists()
 
 
 def test_no_home(zygote, things, here):

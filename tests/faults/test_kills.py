@@ -120,7 +120,8 @@ def outputs(held: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in held.items() if Path(name).suffix in (".png", ".safetensors", ".pt2")}
 
 
-def check(zygote, things, here, command, number: int, kills: int, seed: int) -> None:
+def check(zygote, things, here, command, number: int, kills: int, seed: int) -> int:
+    """How many runs were killed and made good by another."""
     words = command(things, here)
     begun = time.monotonic()
     code, _, error = zygote.run(here, *words)
@@ -143,6 +144,7 @@ def check(zygote, things, here, command, number: int, kills: int, seed: int) -> 
             assert code == 0, error
         assert outputs(content(here / "out")) == expected
         assert not temporaries(here / "out")
+    return kills
 
 
 KILLS = int(os.environ.get("PIXELDECODER_KILLS", "10"))
@@ -151,7 +153,7 @@ KILLS = int(os.environ.get("PIXELDECODER_KILLS", "10"))
 
 @pytest.mark.parametrize(("command", "number"), [(encode, signal.SIGKILL), (convert, signal.SIGTERM)])
 def test_killed_once(zygote, things, here, command, number):
-    check(zygote, things, here, command, number, 1, 7)
+    assert check(zygote, things, here, command, number, 1, 7) == 1
 
 
 @pytest.mark.slow
@@ -160,4 +162,4 @@ def test_killed_once(zygote, things, here, command, number):
     "command", [decode, upscale, encode, generate, evaluate, convert, convert_back, export, train, distill]
 )
 def test_killed_at_random(zygote, things, here, command, number):
-    check(zygote, things, here, command, number, KILLS, 1)
+    assert check(zygote, things, here, command, number, KILLS, 1) == KILLS

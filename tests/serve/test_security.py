@@ -138,7 +138,7 @@ def test_faults_tell_nothing_of_the_inside():
     pipeline = flux_pipeline()
 
     def fail(*args):
-        raise RuntimeError("cannot read /root/secret/weights.bin")
+        raise RuntimeError("cannot read /srv/secret/weights.bin")
 
     pipeline.transformer.register_forward_pre_hook(fail)
     with serving(pipeline) as client:
