@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny, FlowMatchLCMScheduler
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,6 @@ from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
 from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
-from pixeldecoder.models.base import LatentDecoder
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
@@ -104,8 +104,6 @@ class Config:
     """What the terms of the last stages count."""
     crops: int = 180
     """How many the cascade's picture is made of, at about 5 s each on a CPU's thread."""
-    start: Path | None = None
-    """Weights of a base from which that stage begins, .safetensors."""
     out: Path = Path("outputs/nano")
     resolution: int = 512
     """Of the pictures to validate on; photos with a shorter side are left out."""
@@ -131,7 +129,6 @@ class Nano(Conditioned):
     weights: Path = Path()
     """Folder of the networks it learns from."""
     crops: int = 180
-    start: Path | None = None
     terms: Weights = field(default_factory=Weights)
 
 
@@ -170,7 +167,6 @@ def configure(config: Config) -> Nano:
         tracker="none",
         weights=config.weights,
         crops=config.crops,
-        start=config.start,
         terms=config.terms,
     )
 
@@ -347,25 +343,84 @@ class NanoStage:
         return SampleRandom(self.config.seed, batch.samples, "training", batch.image.device)
 
 
-class EncoderStage(NanoStage):
-    """Mean squared distance to TAEF1's latents, on photos shrunk 4x."""
+def units(layers: nn.Sequential) -> list[nn.Sequential]:
+    """TAESD's residual blocks, each with what leads to it, and its last convolution."""
+    found: list[list[nn.Module]] = [[]]
+    for layer in layers:
+        found[-1].append(layer)
+        if isinstance(layer, AutoencoderTinyBlock):
+            found.append([])
+    return [nn.Sequential(*unit) for unit in found]
+
+
+class Units(nn.Module):
+    """A network as its units, `units(sigma)`; what each makes of the one before, or of an input of its own."""
+
+    def __init__(self, network: nn.Module, units: Callable[[torch.Tensor | None], list[Callable]]):
+        super().__init__()
+        self.network, self.units = network, units
+
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor | None = None, given: list[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        made = []
+        for index, unit in enumerate(self.units(sigma)):
+            x = unit(x if given is None else given[index])
+            made.append(x)
+        return made
+
+
+class ImitatorStage(NanoStage):
+    """A network of TAESD's form learns from random numbers what TAEF1 does: at first each of its units, from what
+    TAEF1's is given there, so that none waits for the ones before it; then all together.
+
+    What comes at the end counts as much as all features."""
+
+    alone: ClassVar = 0.5
+    """Share of the stage in which units learn by themselves."""
+    side: ClassVar = 32
+    """Of the corner of an image that a unit learns from, in pixels."""
+    taught: list[Callable[[torch.Tensor], torch.Tensor]]
+
+    def imitation(self, x: torch.Tensor, sigma: torch.Tensor | None = None, noisy: torch.Tensor | None = None,
+                  weight: torch.Tensor | float = 1.0, alone: bool = False) -> torch.Tensor:  # fmt: skip
+        """Relative squared errors, summed.
+
+        Args:
+            noisy: x as the network gets it, by default as it is.
+            weight: (B, 1, 1, 1), of samples.
+        """
+        given, wanted = [], []
+        with torch.no_grad(), autocast(x.device, self.network.autocast):
+            for unit in self.taught:
+                given.append(x[..., : self.side, : self.side])
+                x = unit(x)
+                wanted.append(unit(given[-1]) if alone else x)
+        made = self.network(given[0] if noisy is None else noisy, sigma, given if alone else None)
+        errors = [
+            (weight * (a.float() - b.float()).square()).mean() / b.float().square().mean()
+            for a, b in zip(made, wanted, strict=True)
+        ]
+        return sum(errors) + len(errors) * errors[-1]
+
+
+class EncoderStage(ImitatorStage):
+    """TAEF1's latents, of photos shrunk 4x."""
+
+    crops: ClassVar = {8: (0.5, 2), 16: (0.5, 1)}
 
     def __init__(self, config: Nano, accelerator: Accelerator):
-        super().__init__(config, accelerator, TinyLatentEncoder(), 0.015)
+        model = TinyLatentEncoder()
+        super().__init__(config, accelerator, model, 0.015, Units(model, lambda sigma: units(model.encoder.layers)))
+        taef1 = AutoencoderTiny.from_pretrained(config.encoder).encoder.requires_grad_(False)
+        self.taught = units(taef1.to(accelerator.device, memory_format=torch.channels_last).layers)
 
     def losses(self, batch: Crops, progress: float) -> Terms:
-        difference = self.network(shrink(batch.image, 4)) - batch.latents[0]
+        image = shrink(batch.image, 4).add(1).div(2)
+        if progress < self.alone:
+            return {"units": self.imitation(image, alone=True)}
+        difference = self.network(image)[-1] - batch.latents[0]
         return {"latents": (batch.inside * difference.square()).mean() / batch.inside.mean()}
-
-
-def taef1_features(decoder: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """TAEF1's picture in [-1, 1] and its features before each upsampling and at the end."""
-    x, features, last = torch.tanh(latents / 3) * 3, [], None
-    for layer in decoder.layers:
-        if isinstance(layer, nn.Upsample):
-            features.append(x)
-        last, x = x, layer(x)
-    return x.mul(2).sub(1), [*features, last]
 
 
 class DecoderStage(NanoStage):
@@ -387,45 +442,29 @@ class DecoderStage(NanoStage):
         return dict(latents=add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma=sigma)
 
 
-class Trunk(nn.Module):
-    """The base up to the small image."""
-
-    def __init__(self, base: LatentDecoder):
-        super().__init__()
-        self.base = base
-
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        features = self.base.features(latents, sigma)
-        return self.base.small(features[-1]), features
-
-
-class BaseStage(DecoderStage):
-    """The small image, from what TAEF1's decoder makes after each of its stages: dense targets, learnt fast. Noisy
-    latents come in as the stage goes on; they are to give what the clean ones do."""
+class BaseStage(ImitatorStage, DecoderStage):
+    """The base up to the small image. Noisy latents, of which it is told sigma, come in when its units have learnt
+    alone; they are to give what the clean ones do."""
 
     crops: ClassVar = {8: (0.5, 2), 12: (0.3, 1), 16: (0.15, 1 / 2), 32: (0.05, 1 / 8)}
     # In small ones every pixel knows the border; what is far from it must be met as well.
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         model = PixelDecoderTransformer2DModel(**NANO)
-        if config.start is not None:
-            model.base.load_state_dict({name: x.float() for name, x in load_file(config.start).items()})
-        super().__init__(config, accelerator, model, 0.015, Trunk(model.base))
+        base = model.base
+        trunk = Units(base, lambda sigma: [*itertools.chain(*base.units(sigma)), base.to_small])
+        super().__init__(config, accelerator, model, 0.015, trunk)
         taef1 = AutoencoderTiny.from_pretrained(config.encoder).decoder.requires_grad_(False)
-        self.taef1 = taef1.to(accelerator.device, memory_format=torch.channels_last)
+        first, *others = units(taef1.to(accelerator.device, memory_format=torch.channels_last).layers)
+        self.taught = [lambda x: first(torch.tanh(x / 3) * 3), *others]
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, latents = self.random(batch), batch.latents[0]
+        if progress < self.alone:
+            return {"units": self.imitation(latents, torch.zeros(len(latents), device=latents.device), alone=True)}
         sigma = self.config.max_sigma * random.uniform() * (random.uniform() < 0.4 * progress)
-        with torch.no_grad(), autocast(latents.device, self.network.autocast):
-            target, wanted = taef1_features(self.taef1, latents)
-        image, features = self.network(add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma)
-        weight = (1 - sigma)[:, None, None, None]
-        terms = {
-            f"stage {index}": (weight * (x.float() - y.float()).square()).mean() / y.float().square().mean()
-            for index, (x, y) in enumerate(zip(features, wanted, strict=True))
-        }
-        return terms | {"picture": 20 * (weight * (image.float() - target.float()).square()).mean()}
+        noisy = add_noise(latents, random.normal(*latents.shape[1:]), sigma)
+        return {"features": self.imitation(latents, sigma, noisy, (1 - sigma)[:, None, None, None])}
 
 
 class Judges:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +66,26 @@ class LatentDecoder(nn.Module):
 
     def features(self, latents: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
         """After each stage, up to the autoencoder's size: (B, dim, h 2^i, w 2^i)."""
-        x = F.relu(self.conv_in(torch.tanh(latents / 3) * 3))
-        biases = self.sigma_embed(sigma.to(x.dtype)[:, None])[..., None, None].chunk(len(self.stages), dim=1)
-        features = []
-        for i, (stage, bias) in enumerate(zip(self.stages, biases, strict=True)):
-            if i > 0:
-                x = self.convs[i - 1](F.interpolate(x, scale_factor=2, mode="nearest"))
-            x = stage(x + bias)
+        x, features = latents, []
+        for stage in self.units(sigma):
+            for unit in stage:
+                x = unit(x)
             features.append(x)
         return features
+
+    def units(self, sigma: torch.Tensor) -> list[list[Callable[[torch.Tensor], torch.Tensor]]]:
+        """Of each stage, its residual blocks, the first with what leads to it: latents in, the last features out."""
+        biases = self.sigma_embed(sigma.to(self.conv_in.weight.dtype)[:, None])[..., None, None]
+
+        def enter(i: int, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            if i == 0:
+                x = F.relu(self.conv_in(torch.tanh(x / 3) * 3))
+            else:
+                x = self.convs[i - 1](F.interpolate(x, scale_factor=2, mode="nearest"))
+            return self.stages[i][0](x + bias)
+
+        chunks = biases.chunk(len(self.stages), dim=1)
+        return [[partial(enter, i, bias), *self.stages[i][1:]] for i, bias in enumerate(chunks)]
 
     def products(self) -> int:
         """Multiplications that a latent cell takes."""

@@ -24,7 +24,7 @@ class TinyLatentEncoder(FolderMixin, ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, latent_channels: int = 16, channels: int = 48, num_blocks: tuple[int, ...] = (0, 1, 3, 8)):
+    def __init__(self, latent_channels: int = 16, channels: int = 64, num_blocks: tuple[int, ...] = (1, 3, 3, 3)):
         super().__init__()
         numbers = (latent_channels, channels, *num_blocks)
         if not all(type(number) is int and 0 <= number <= 4096 for number in numbers) or sum(num_blocks) > 64:
