@@ -44,10 +44,11 @@ from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
 from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
+from pixeldecoder.models.base import LatentDecoder
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
-from pixeldecoder.pictures import UNREADABLE, shrink, to_tensor
+from pixeldecoder.pictures import UNREADABLE, shrink, to_image, to_tensor
 from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.presets import NANO as NANO_FOLDER
 from pixeldecoder.sources import Folder
@@ -390,13 +391,13 @@ class ImitatorStage(NanoStage):
             noisy: x as the network gets it, by default as it is.
             weight: (B, 1, 1, 1), of samples.
         """
-        given, wanted = [], []
+        given, wanted, seen = [], [], x if noisy is None else noisy
         with torch.no_grad(), autocast(x.device, self.network.autocast):
             for unit in self.taught:
                 given.append(x[..., : self.side, : self.side])
                 x = unit(x)
                 wanted.append(unit(given[-1]) if alone else x)
-        made = self.network(given[0] if noisy is None else noisy, sigma, given if alone else None)
+        made = self.network(seen, sigma, given if alone else None)
         errors = [
             (weight * (a.float() - b.float()).square()).mean() / b.float().square().mean()
             for a, b in zip(made, wanted, strict=True)
@@ -442,6 +443,16 @@ class DecoderStage(NanoStage):
         return dict(latents=add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma=sigma)
 
 
+def trunk(base: LatentDecoder, sigma: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """The base's units up to the small image."""
+
+    def first(i: int, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return base.stages[i][0](base.enter(i, x, bias))
+
+    stages = [[partial(first, i, bias), *base.stages[i][1:]] for i, bias in enumerate(base.biases(sigma))]
+    return [*itertools.chain(*stages), base.to_small]
+
+
 class BaseStage(ImitatorStage, DecoderStage):
     """The base up to the small image. Noisy latents, of which it is told sigma, come in when its units have learnt
     alone; they are to give what the clean ones do."""
@@ -451,9 +462,7 @@ class BaseStage(ImitatorStage, DecoderStage):
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         model = PixelDecoderTransformer2DModel(**NANO)
-        base = model.base
-        trunk = Units(base, lambda sigma: [*itertools.chain(*base.units(sigma)), base.to_small])
-        super().__init__(config, accelerator, model, 0.015, trunk)
+        super().__init__(config, accelerator, model, 0.015, Units(model.base, partial(trunk, model.base)))
         taef1 = AutoencoderTiny.from_pretrained(config.encoder).decoder.requires_grad_(False)
         first, *others = units(taef1.to(accelerator.device, memory_format=torch.channels_last).layers)
         self.taught = [lambda x: first(torch.tanh(x / 3) * 3), *others]
@@ -472,6 +481,7 @@ class Judges:
     always met in the same way would hide a pattern from it."""
 
     def __init__(self, config: Nano, device: torch.device):
+        self.bfloat16 = config.precision == "bfloat16"
         self.squeezenet = SqueezeNetDistance(config.weights / "squeezenet1_0.safetensors", device)
         self.efficientnet = EfficientNetLite(config.weights / "efficientnet_lite0.safetensors", device)
 
@@ -485,9 +495,10 @@ class Judges:
 
     def _distance(self, network: SqueezeNetDistance | EfficientNetLite, pair: list[torch.Tensor]) -> torch.Tensor:
         made, real = pair
-        with torch.no_grad():
-            wanted = network.features(real)
-        return self.squeezenet.between(network.features(made), wanted).mean()
+        with autocast(made.device, self.bfloat16):
+            with torch.no_grad():
+                wanted = network.features(real)
+            return self.squeezenet.between(network.features(made), wanted).mean().float()
 
 
 def moved(image: torch.Tensor, truth: torch.Tensor, rng: Random) -> list[torch.Tensor]:
@@ -497,14 +508,18 @@ def moved(image: torch.Tensor, truth: torch.Tensor, rng: Random) -> list[torch.T
 
 
 class CascadeStage(DecoderStage):
-    """The base at full size: the cascade's picture, in which edges and letters are sharp, a function of the latents
-    that can be learnt; with the photo's means of cells, so that colour and tone are the photo's."""
+    """What enlarges the base's features, which stay as they are: the cascade's picture, in which edges and letters are
+    sharp, a function of the latents that can be learnt; with the photo's means of cells, so that colour and tone are
+    the photo's."""
 
     crops: ClassVar = {8: (0.7, 1 / 2), 12: (0.3, 1 / 4)}
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         model = build_network(config)
-        super().__init__(config, accelerator, model, 0.01, model.base)
+        base = model.base
+        for learnt in (base.conv_in, base.sigma_embed, base.stages, base.convs, base.to_small):
+            learnt.requires_grad_(False)
+        super().__init__(config, accelerator, model, 0.01, base)
         self.judges, self.kept = Judges(config, accelerator.device), None
 
     def draw(self, photos: Photos, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
@@ -603,7 +618,7 @@ class PhotoStage(JudgedStage):
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         model = build_network(config)
-        super().__init__(config, accelerator, model, 0.005, model.base)
+        super().__init__(config, accelerator, model, 0.002, model.base)
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
@@ -736,28 +751,36 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
 
 
-SAMPLES = {"budgie": "13_budgie-branch.jpg", "face": "kodim15.png", "sign": "10_kait-herzog-8242.jpg"}
-CROPS = {"budgie": (352, 32), "face": (168, 0), "sign": (60, 120)}
-"""Left and top of the 512 px crop of each bundled sample."""
+SAMPLES = {
+    "budgie": ("13_budgie-branch.jpg", (0, 0, 1024, 1024)),
+    "colosseum": ("09_roman-colosseum.jpg", (0, 0, 1024, 1024)),
+    "eggs": ("15_egg-basket.jpg", (0, 0, 1024, 1024)),
+    "sign": ("10_kait-herzog-8242.jpg", (60, 120, 572, 632)),
+}
+"""The bundled photos, and what is cut out of them: left, top, right, bottom."""
 
 
 def bundle(config: Config) -> None:
-    """The pipeline's folder as it ships, with a few photos that may be passed on and their latents for the demo."""
+    """The pipeline's folder as it ships, with a few photos that may be passed on, their latents for the demo, and what
+    TAEF1's decoder makes of these."""
     encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
     pipeline = PixelDecoderPipeline.from_pretrained(config.out / "student", encoder=encoder, torch_dtype=torch.bfloat16)
     pipeline.register_to_config(encoder_name=None)
-    for part in ("transformer", "encoder"):
+    for part in ("transformer", "encoder", "samples"):
         shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
     pipeline = PixelDecoderPipeline.from_pretrained("nano")
+    taef1 = AutoencoderTiny.from_pretrained(config.out / "taef1")
     folder = NANO_FOLDER / "samples"
-    folder.mkdir(exist_ok=True)
-    for name, file in SAMPLES.items():
-        left, top = CROPS[name]
-        photo = Image.open(config.data / file).convert("RGB").crop((left, top, left + 512, top + 512))
-        photo.save(folder / f"{name}.webp", quality=95)
-        latents = pipeline.encode_image(shrink(to_tensor(Image.open(folder / f"{name}.webp")), 4))
+    folder.mkdir()
+    for name, (file, box) in SAMPLES.items():
+        path = folder / f"{name}.webp"
+        Image.open(config.data / file).convert("RGB").crop(box).save(path, quality=90)
+        latents = pipeline.encode_image(shrink(to_tensor(Image.open(path)), 4))
         save_file({"latents": latents.contiguous()}, folder / f"{name}.safetensors")
+        with torch.no_grad():
+            decoded = taef1.decode(latents).sample.clamp(-1, 1)
+        to_image(decoded).save(folder / f"{name}.taef1.webp", lossless=True)
 
 
 STAGES = {

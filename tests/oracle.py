@@ -32,7 +32,7 @@ class Oracle:
         config = self.config
         patch, (height, width) = config.patch_size, x.shape[-2:]
         grid = (height // patch, width // patch)
-        injections, pixel_injection, aux = self.adapter(latents, grid)
+        injections, pixel_injection = self.adapter(latents, grid)
         base = None if config.base_dim is None else self.base(latents, sigma)
         seen = x if base is None else torch.cat([x, base], dim=1)
 
@@ -64,8 +64,6 @@ class Oracle:
         out = out.reshape(len(x), *grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
         if config.prediction_type == "velocity":
             return out
-        if config.aux_rgb_base:
-            out = out + F.interpolate(aux, size=(height, width), mode="bicubic")
         if base is not None:
             out = out + base
         return (x - out) / max(t, 0.05)
@@ -82,7 +80,6 @@ class Oracle:
         elif z.shape[-2:] != grid:
             z = F.interpolate(z, size=grid, mode="nearest" if r > 1 else "bilinear")
         z = self.conv("adapter.convs.2", F.silu(self.conv("adapter.convs.0", z)))
-        outputs = [z]
         for i in range(config.num_adapter_layers):
             y = z
             for norm, conv in (0, 2), (3, 5):
@@ -90,21 +87,12 @@ class Oracle:
                 weight, bias = (self.weights[f"{name}.{norm}.{leaf}"] for leaf in ("weight", "bias"))
                 y = self.conv(f"{name}.{conv}", F.silu(F.group_norm(y, 4, weight, bias)))
             z = z + y
-            outputs.append(z)
         tokens = z.flatten(2).transpose(1, 2)
         heads = [
             self.linear(f"adapter.heads.{i}", tokens) for i in range(-(-config.num_layers // config.injection_interval))
         ]
         pixel = self.linear("adapter.pixel_head", tokens) if config.inject_pixels else None
-        aux = None
-        if config.aux_rgb_base:
-            features = outputs[config.aux_rgb_block if config.aux_rgb_block < 0 else config.aux_rgb_block + 1]
-            y = features.movedim(1, -1)
-            weight, bias = (self.weights[f"adapter.aux_rgb_head.norm.{leaf}"] for leaf in ("weight", "bias"))
-            y = F.silu(self.linear("adapter.aux_rgb_head.proj_in", F.layer_norm(y, y.shape[-1:], weight, bias)))
-            y = self.linear("adapter.aux_rgb_head.proj_out", y).movedim(-1, 1)
-            aux = F.pixel_shuffle(y, config.patch_size // config.scale)
-        return heads, pixel, aux
+        return heads, pixel
 
     def base(self, z, sigma):
         """TAESD's decoder with a bias for sigma at every size, then enlarged: no bands."""

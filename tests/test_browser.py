@@ -21,7 +21,7 @@ from pixeldecoder.cli import main
 from pixeldecoder.presets import NANO
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "browser"
-SAMPLE = NANO / "samples" / "face.safetensors"
+SAMPLE = NANO / "samples" / "sign.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_commands_picture(site, page, tmp_path):
 @pytest.mark.slow
 def test_a_photo_in_the_page(page, tmp_path):
     """Chosen, decoded, compared with the slider, saved."""
-    with Image.open(NANO / "samples" / "face.webp") as photo:
+    with Image.open(NANO / "samples" / "sign.webp") as photo:
         photo.convert("RGB").save(tmp_path / "photo.png")
         width, height = photo.size
     page.set_input_files("#photo", tmp_path / "photo.png")

@@ -845,7 +845,7 @@ def test_demo_tells_noise_from_noise(monkeypatch, tmp_path):
         def __call__(self, z, sigma, generator, **kwargs):
             draws.append(torch.randn(4, generator=generator).tolist())
             latents.append(z)
-            return SimpleNamespace(images=torch.zeros(1, 3, 512, 512))
+            return SimpleNamespace(images=torch.zeros(1, 3, *(32 * side for side in z.shape[-2:])))
 
     monkeypatch.setattr(cli.demo.Demo, "load", lambda self: Pipeline())
     for seed, sigma in ("0", 0.3), ("0", 0.6), ("1", 0.3):

@@ -9,7 +9,7 @@ from pixeldecoder.cli import main
 from pixeldecoder.presets import NANO
 from training.conftest import ARCHITECTURE, write_photos
 
-LATENTS = NANO / "samples/face.safetensors"
+LATENTS = NANO / "samples/sign.safetensors"
 QUICK = "--device cpu --dtype float32 --steps 1"
 TRAIN = (
     "--recipe nano --data.source photos --data.resolution 64 --data.max-aspect-ratio 1 --data.no-in-memory --steps 1 "

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import save_file
@@ -134,10 +135,11 @@ def test_nano(run, nano, taef1, tmp_path):
     loaded = AutoencoderTiny.from_pretrained(tmp_path / "out" / "taef1")
     assert all(torch.equal(a, b) for a, b in zip(taef1.parameters(), loaded.parameters(), strict=True))
     assert nano.TinyLatentEncoder.from_pretrained(tmp_path / "out" / "encoder")
+    assert {"units", "latents"} <= log(tmp_path / "out" / "encoder_training")
     with pytest.raises(ValueError, match="run the base's stage first"):
         run("cascade", 1)
     run("base", 2, validate_every=1)
-    assert {"stage 0", "stage 3", "picture", "psnr_sigma_0.4"} <= log(tmp_path / "out" / "base_training")
+    assert {"units", "features", "psnr_sigma_0.4"} <= log(tmp_path / "out" / "base_training")
     run("cascade", 2)
     assert {"pixel", "colour", "perceptual"} <= log(tmp_path / "out" / "cascade_training")
     run("photo", 2)
@@ -167,6 +169,35 @@ def test_nano(run, nano, taef1, tmp_path):
 
     assert moved("base", "cascade") == moved("cascade", "photo") == (True, False)
     assert moved("photo", "teacher") == moved("teacher", "student") == (False, True)
+
+
+def test_taef1_itself_imitates_taef1(nano, taef1, photos, tmp_path):
+    """Unit by unit and whole; with another first convolution the first unit alone, or all that follow, do not."""
+    for folder in ("taef1", "encoder"):
+        taef1.save_pretrained(tmp_path / folder)
+    config = nano.Config(stage="base", data=photos, weights=tmp_path, out=tmp_path, device="cpu")
+    config = replace(nano.configure(config), precision="float32")
+    encoder, base = (stage(config, Accelerator(cpu=True)) for stage in (nano.EncoderStage, nano.BaseStage))
+    encoder.model.encoder.load_state_dict(taef1.encoder.state_dict())
+    decoder, convs = base.model.base, []
+    torch.nn.init.zeros_(decoder.sigma_embed[2].weight)
+    torch.nn.init.zeros_(decoder.sigma_embed[2].bias)
+    for i, stage in enumerate(decoder.stages):
+        convs += [decoder.convs[i - 1]] if i else [decoder.conv_in]
+        convs += [module for module in stage.modules() if isinstance(module, torch.nn.Conv2d)]
+    theirs = [module for module in taef1.decoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    for one, other in zip([*convs, decoder.to_small], theirs, strict=True):
+        one.load_state_dict(other.state_dict())
+
+    latents, sigma = torch.randn(2, 16, 6, 6), torch.zeros(2)
+    for x, told, stage, first in (
+        (torch.rand(2, 3, 48, 48), None, encoder, encoder.model.encoder.layers[0]),
+        (latents, sigma, base, decoder.conv_in),
+    ):
+        assert stage.imitation(x, told) < 1e-9 and stage.imitation(x, told, alone=True) < 1e-9
+        torch.nn.init.normal_(first.weight)
+        whole, alone = stage.imitation(x, told), stage.imitation(x, told, alone=True)
+        assert whole > alone > 1e-3
 
 
 def log(folder: Path) -> set[str]:

@@ -91,13 +91,13 @@ def test_the_same_bytes_again(command, suffix, capsys):
 
 
 def test_the_demo_again(monkeypatch):
-    """One photo of its three."""
+    """One photo of its four."""
     monkeypatch.setattr("pixeldecoder.cli.comparison.NANO", Path("few"))
     from pixeldecoder.presets import NANO
 
     os.makedirs("few/samples")
-    for suffix in "webp", "safetensors":
-        os.symlink(NANO / f"samples/face.{suffix}", f"few/samples/face.{suffix}")
+    for suffix in "webp", "taef1.webp", "safetensors":
+        os.symlink(NANO / f"samples/sign.{suffix}", f"few/samples/sign.{suffix}")
     assert main(["demo", "--output", "out", "--steps", "1", "--device", "cpu", "--tile", "256"]) == 0
     assert main(["redo", "out/comparison.png", "again.png"]) == 0 and same("out/comparison.png", "again.png")
     assert main(["demo", "--output", "out", "--steps", "1"]) == 2  # it is there

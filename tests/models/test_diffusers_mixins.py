@@ -139,6 +139,7 @@ def test_folders_of_earlier_versions(tmp_path):
     [
         ({"num_layers": 2}, r"\d+ unexpected: .*patch_blocks\.[23]"),
         ({"num_layers": 6, "injection_interval": 3}, r"\d+ missing: .*patch_blocks\.[45]"),
+        ({"aux_rgb_base": True}, "an older nano's"),
         ({"num_layers": -1}, "num_layers is -1: expected a whole number, at least 1"),
     ],
 )

@@ -187,17 +187,6 @@ def test_clean_image_prediction_is_returned_as_velocity():
     torch.testing.assert_close(image_model(**given).sample, expected)
 
 
-@torch.no_grad()
-def test_aux_rgb_base_is_added():
-    given = inputs() | {"encoder_hidden_states": None, "timestep": 500.0}
-    config = TINY_NANO | {"base_dim": None}
-    based, plain = tiny_model(**config | {"aux_rgb_base": True}), tiny_model(**config)
-    aux = based(**given, return_aux_rgb=True).aux_rgb
-    assert aux.shape == (2, 3, 16, 24)
-    base = torch.nn.functional.interpolate(aux, size=(64, 96), mode="bicubic")
-    torch.testing.assert_close((plain(**given).sample - based(**given).sample) * 0.5, base, atol=1e-4, rtol=1e-4)
-
-
 def test_latents_of_another_size_are_resized():
     for scale, size in (4, (2, 4)), (2, (3, 5)), (1, (5, 9)):  # upsampled, the same, folded; never exactly the grid's
         model = tiny_model(**TINY, scale=scale)
@@ -233,8 +222,6 @@ def test_wrong_input(change, message):
     [
         ({"attention_head_dim": 6}, "multiple of 4"),
         ({"prediction_type": "epsilon"}, "velocity"),
-        ({"aux_rgb_base": True}, "needs aux_rgb"),
-        ({"aux_rgb_base": 0}, "aux_rgb_base is 0"),
         ({"base_dim": 8}, 'predicts the image \\("sample"\\)'),
         ({"base_dim": 8, "prediction_type": "sample", "latent_channels": None}, "a network with latents"),
         ({"base_dim": 8, "prediction_type": "sample", "latent_downscale_factor": 14}, r"powers of 2 .* got \(4, 14\)"),

@@ -66,7 +66,6 @@ def psnrs(config) -> list[dict]:
 
 def test_overfits_eight_crops(teacher, tmp_path):
     """The whole path, from a folder to decodes: a small network learns eight crops by heart."""
-    (tmp_path / "architecture.json").write_text(json.dumps(ARCHITECTURE | dict(base_dim=None, aux_rgb_base=True)))
     config = replace(
         teacher,
         data=Data(source=str(write_photos(tmp_path / "eight", 8, (64, 64))), resolution=64, workers=1),

@@ -89,9 +89,7 @@ def test_what_a_teacher_trains(train, teacher):
     assert trained == ({"adapter"} if train == "adapter" else {name for name, _ in stage.model.named_children()})
 
 
-@pytest.mark.parametrize("base, weight, trained", [(True, 0.0, True), (False, 0.5, True), (False, 0.0, False)])
-def test_the_auxiliary_head_trains_where_something_reads_it(base, weight, trained, teacher, tmp_path):
-    """A loss, or the network, which adds to its image."""
-    (tmp_path / "architecture.json").write_text(json.dumps(ARCHITECTURE | dict(base_dim=None, aux_rgb_base=base)))
+@pytest.mark.parametrize("weight, trained", [(0.5, True), (0.0, False)])
+def test_the_auxiliary_head_trains_where_a_loss_reads_it(weight, trained, teacher):
     stage = TeacherStage(replace(teacher, aux_rgb_weight=weight), Accelerator(cpu=True))
     assert {p.requires_grad for p in stage.model.adapter.aux_rgb_head.parameters()} == {trained}

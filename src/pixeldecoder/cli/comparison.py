@@ -14,6 +14,8 @@ from pixeldecoder.pipeline import PixelDecoderPipeline
 from pixeldecoder.presets import NANO
 
 SIGMA = 0.3
+STRIP = 36
+"""Pixels under a picture for its label."""
 
 
 def comparison(
@@ -22,7 +24,8 @@ def comparison(
     noise_generator: Callable[[], torch.Generator],
     kwargs: dict[str, Any],
 ) -> Image.Image:
-    """A row for each bundled photo: the small photo enlarged, two decodes, the original; prints PSNR and seconds.
+    """A row for each bundled photo: what TAEF1's decoder made of the latents, enlarged, two decodes, the original;
+    prints PSNR and seconds.
 
     Args:
         generator: makes the sampler's for each decode, so that all have the same noise and differ by latents alone.
@@ -34,27 +37,29 @@ def comparison(
         original = to_tensor(Image.open(path.with_suffix(".webp")))
         latents = load_file(path)["latents"].float()
         noisy = (1 - SIGMA) * latents + SIGMA * torch.randn(latents.shape, generator=noise)
-        small = F.interpolate(original, scale_factor=1 / 4, mode="bicubic", antialias=True).clamp(-1, 1)
-        enlarged = F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1)
-        panels = [(f"input, {small.shape[-1]} px, bicubic", enlarged, 0.0)]
-        for label, z, sigma in ("nano, clean latents", latents, 0.0), (f"nano, sigma {SIGMA}", noisy, SIGMA):
+        small = to_tensor(Image.open(path.with_suffix(".taef1.webp")))
+        enlarged = F.interpolate(small, size=original.shape[-2:], mode="bicubic").clamp(-1, 1)
+        row = [(f"TAEF1's decoder, {small.shape[-1]} px, enlarged: {psnr(enlarged, original):.2f} dB", enlarged)]
+        for label, z, sigma in ("nano", latents, 0.0), (f"nano, sigma {SIGMA}", noisy, SIGMA):
             begun = time.perf_counter()
             image = pipeline(z, sigma=sigma, generator=generator(), output_type="pt", **kwargs).images
-            panels.append((label, image.cpu().float() * 2 - 1, time.perf_counter() - begun))
-        for label, image, seconds in panels:
-            print(f"{path.stem:10} {label:24} PSNR {psnr(image, original):5.2f} dB {seconds:6.1f} s", flush=True)
-        rows.append([*((label, image) for label, image, _ in panels), ("original", original)])
-    return _grid(rows)
+            image, seconds = image.cpu().float() * 2 - 1, time.perf_counter() - begun
+            row.append((f"{label}: {psnr(image, original):.2f} dB, {seconds:.1f} s", image))
+        for label, _ in row:
+            print(f"{path.stem:10} {label}", flush=True)
+        rows.append([*row, ("original", original)])
+    return _sheet(rows)
 
 
-def _grid(rows: list[list[tuple[str, torch.Tensor]]]) -> Image.Image:
-    height, width = rows[0][0][1].shape[-2:]
-    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
-    for y, row in enumerate(rows):
-        for x, (label, image) in enumerate(row):
-            sheet.paste(to_image(image), (x * width, y * height))
-            box = draw.textbbox((x * width + 8, y * height + 6), label, font=font)
-            draw.rectangle((box[0] - 6, box[1] - 4, box[2] + 6, box[3] + 4), fill="black")
-            draw.text((x * width + 8, y * height + 6), label, font=font, fill="white")
+def _sheet(rows: list[list[tuple[str, torch.Tensor]]]) -> Image.Image:
+    """Pictures at full size, each with its label under it."""
+    sizes = [row[0][1].shape[-2:] for row in rows]
+    width = max(w * len(row) for (_, w), row in zip(sizes, rows, strict=True))
+    sheet = Image.new("RGB", (width, sum(h + STRIP for h, _ in sizes)))
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(size=20), 0
+    for (height, width), row in zip(sizes, rows, strict=True):
+        for i, (label, image) in enumerate(row):
+            sheet.paste(to_image(image), (i * width, y))
+            draw.text((i * width + 8, y + height + 6), label, font=font, fill="white")
+        y += height + STRIP
     return sheet

@@ -8,10 +8,10 @@ from pixeldecoder.cli.options import Pictures
 
 @dataclass(kw_only=True)
 class Demo(Pictures):
-    """See what it does: decode a bundled photo's latents and compare.
+    """See what it does: decode bundled photos' latents and compare.
 
-    Writes comparison.png: the small photo enlarged bicubically, nano's decode of its latents, nano's decode of the
-    latents with noise of sigma 0.3, and the original.
+    Writes comparison.png: of each photo what the decoder of an autoencoder (TAEF1) makes of its latents, enlarged
+    bicubically, nano's decode of them, nano's decode of the latents with noise of sigma 0.3, and the original.
 
     Example: pixeldecoder demo --output outputs/demo
     """

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,25 +66,23 @@ class LatentDecoder(nn.Module):
     def features(self, latents: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
         """After each stage, up to the autoencoder's size: (B, dim, h 2^i, w 2^i)."""
         x, features = latents, []
-        for stage in self.units(sigma):
-            for unit in stage:
-                x = unit(x)
+        for i, (stage, bias) in enumerate(zip(self.stages, self.biases(sigma), strict=True)):
+            x = stage(self.enter(i, x, bias))
             features.append(x)
         return features
 
-    def units(self, sigma: torch.Tensor) -> list[list[Callable[[torch.Tensor], torch.Tensor]]]:
-        """Of each stage, its residual blocks, the first with what leads to it: latents in, the last features out."""
-        biases = self.sigma_embed(sigma.to(self.conv_in.weight.dtype)[:, None])[..., None, None]
+    def biases(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What each stage is told of sigma (B,): (B, dim, 1, 1)."""
+        told = self.sigma_embed(sigma.to(self.conv_in.weight.dtype)[:, None])
+        return told[..., None, None].chunk(len(self.stages), dim=1)
 
-        def enter(i: int, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            if i == 0:
-                x = F.relu(self.conv_in(torch.tanh(x / 3) * 3))
-            else:
-                x = self.convs[i - 1](F.interpolate(x, scale_factor=2, mode="nearest"))
-            return self.stages[i][0](x + bias)
-
-        chunks = biases.chunk(len(self.stages), dim=1)
-        return [[partial(enter, i, bias), *self.stages[i][1:]] for i, bias in enumerate(chunks)]
+    def enter(self, i: int, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """The latents, or the features of the stage before -> what a stage's blocks are given."""
+        if i == 0:
+            x = F.relu(self.conv_in(torch.tanh(x / 3) * 3))
+        else:
+            x = self.convs[i - 1](F.interpolate(x, scale_factor=2, mode="nearest"))
+        return x + bias
 
     def products(self) -> int:
         """Multiplications that a latent cell takes."""

@@ -11,8 +11,7 @@ from pixeldecoder.models.folder import FolderMixin
 class TinyLatentEncoder(FolderMixin, ModelMixin, ConfigMixin):
     """A deterministic convolutional encoder trained to give the latents of a larger autoencoder.
 
-    It uses the encoder half of diffusers' `AutoencoderTiny` (MIT, TAESD), narrow at high resolution so that it is
-    cheap on a CPU.
+    The encoder half of diffusers' `AutoencoderTiny` (MIT, TAESD).
 
     Args:
         latent_channels: channels C of the latents.

@@ -22,8 +22,13 @@ class FolderMixin:
         wanted = kwargs.pop("output_loading_info", False)
         source = os.path.expanduser(pretrained_model_name_or_path)
         source = source if os.path.exists(source) else repository(str(source))
-        if os.path.isfile(config := os.path.join(source, kwargs.get("subfolder") or "", "config.json")):
-            read_json(Path(config))  # diffusers would take a text for a Hub id, and ask for it
+        config = os.path.join(source, kwargs.get("subfolder") or "", "config.json")
+        # diffusers would take a text for a Hub id, and ask for it.
+        if os.path.isfile(config) and read_json(Path(config)).get("aux_rgb_base"):
+            raise ValueError(
+                f"{config}: an older nano's, whose base was aux_rgb_base: load the bundled one, or train anew by "
+                "recipes/nano.py"
+            )
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         if getattr(model, "hf_quantizer", None) is None:  # which stores tensors under other names
             check_fit(pretrained_model_name_or_path, missing=info["missing_keys"], unexpected=info["unexpected_keys"])

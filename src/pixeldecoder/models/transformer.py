@@ -84,8 +84,6 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         rope_reference_size: image side in pixels for which the rotary frequencies are made.
         prediction_type: what the layers predict, the "velocity" or the clean image ("sample"); `forward` returns the
             velocity either way.
-        aux_rgb_base: add the auxiliary image, enlarged, to the predicted clean image: the bundled nano's, whose weights
-            were trained before there was a base.
         base_dim: width of the convolutional decoder of the latents (`models.base`) whose image the network sees beside
             the noisy one and adds to; `None`: without it, as all released decoders.
 
@@ -139,7 +137,6 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
         aux_rgb_block: int = -1,
         rope_reference_size: int = 1024,
         prediction_type: Literal["velocity", "sample"] = "velocity",
-        aux_rgb_base: bool = False,
         base_dim: int | None = None,
     ):
         super().__init__()
@@ -223,7 +220,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             raise ValueError("return_aux_rgb=True, but this model has no auxiliary RGB head (aux_rgb=False)")
         grid = (height // config.patch_size, width // config.patch_size)
         latents = latents.to(self.dtype)
-        features = self.adapter(latents, grid, return_aux_rgb or config.aux_rgb_base)
+        features = self.adapter(latents, grid, return_aux_rgb)
         if self.base is not None:
             if sigma is None:
                 raise ValueError("this model has a base, which is told the latents' noise: pass sigma, as in `forward`")
@@ -341,9 +338,6 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
 
         # The velocity, or a clean image and the velocity that it stands for (eq. 3).
         if self.config.prediction_type == "sample":
-            if self.config.aux_rgb_base:
-                base = latent_features.aux_rgb.to(output.dtype)
-                output = output + F.interpolate(base, size=(height, width), mode="bicubic")
             if self.base is not None:
                 output = output + latent_features.base.to(output.dtype)
             output = velocity_of_clean(hidden_states, output, t / 1000)
@@ -422,7 +416,7 @@ class PixelDecoderTransformer2DModel(FolderMixin, ModelMixin, ConfigMixin, PeftA
             raise ValueError(f"this model expects {expected}")
         if attention_kwargs:  # "scale" is taken out before
             raise ValueError(f'attention_kwargs: expected "scale" alone, got {", ".join(attention_kwargs)}, too')
-        if not has_latents and (return_aux_rgb or self.config.aux_rgb_base or self.base is not None):
+        if not has_latents and (return_aux_rgb or self.base is not None):
             what = "this model's base" if self.base is not None else "the auxiliary RGB image"
             raise ValueError(f"{what} is made from latents: pass latents or latent_features")
         if features_only and not return_features:
@@ -469,7 +463,7 @@ _MOST_LAYERS, _MOST = 512, 2**20
 _OF_FOUR = ("attention_head_dim", "pixel_attention_head_dim", "pixel_dim", "adapter_dim")
 """Multiples of 4: the heads for 2-D rotary embedding, pixels for their sin-cos table, the adapter for its groups."""
 _EITHER = dict(prediction_type=("velocity", "sample"), adapter_padding_mode=("zeros", "replicate"))
-_SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb", "aux_rgb_base")
+_SWITCHES = ("unpack_latents", "per_channel_gate", "inject_pixels", "aux_rgb")
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -502,8 +496,6 @@ def _check(config: Mapping[str, Any]) -> None:
             f"unpack_latents=True: expected latent_channels {config['latent_channels']} to be a multiple of 4, "
             f"latent_downscale_factor {config['latent_downscale_factor']} of 2"
         )
-    if config["aux_rgb_base"] and not (config["aux_rgb"] and config["prediction_type"] == "sample"):
-        raise ValueError('aux_rgb_base needs aux_rgb=True and prediction_type="sample"')
     if config["base_dim"] is not None:
         sides = config["scale"], config["latent_downscale_factor"]
         if config["latent_channels"] is None or config["prediction_type"] != "sample":

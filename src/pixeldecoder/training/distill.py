@@ -37,7 +37,7 @@ class StudentStage:
             raise ValueError(f"feature_blocks {config.feature_blocks}: the network has blocks 0 to {blocks - 1}")
         self.conditions = conditions(config, network, accelerator.device)
         self.guides = network.config.text_embed_dim is not None and config.guidance_scale != 1
-        freeze_unused(network, network.config.aux_rgb_base)
+        freeze_unused(network, aux_rgb=False)
         self.teacher = self._frozen(copy.deepcopy(network))
         fake_score = copy.deepcopy(network)
         if config.lora.rank:

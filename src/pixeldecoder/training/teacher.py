@@ -67,7 +67,7 @@ class TeacherStage:
         self.model = build_network(config)
         self.conditions = conditions(config, self.model, accelerator.device)
         self.aux_rgb = self.model.config.aux_rgb and config.aux_rgb_weight > 0
-        set_trained(self.model, config, self.aux_rgb or self.model.config.aux_rgb_base, config.train == "adapter")
+        set_trained(self.model, config, self.aux_rgb, config.train == "adapter")
         self.network = Part(self.model.train(), config.optimizer, config, accelerator)
         self.parts = {"network": self.network}
 
