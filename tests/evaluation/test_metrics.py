@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from safetensors.torch import save_file
 from skimage import color
 from skimage import metrics as reference
@@ -15,7 +15,7 @@ from torch import nn
 from families import SqueezeNet
 from pixeldecoder.evaluation.metrics import METRICS, find_metrics, load_metrics, measure
 from pixeldecoder.evaluation.perceptual import LPIPS, SqueezeNetDistance
-from pixeldecoder.evaluation.pixels import border, ciede2000, spectral_error, texture, texture_map
+from pixeldecoder.evaluation.pixels import border, ciede2000, grid, spectral_error, texture, texture_map
 from pixeldecoder.pictures import psnr, to_tensor
 from pixeldecoder.presets import NANO
 
@@ -47,8 +47,8 @@ def test_distance(tmp_path):
 def photo_pairs():
     """8-bit photos, and what noise, a colour cast and blur make of them; noise too, which has every colour."""
     pairs = []
-    for path in sorted((NANO / "samples").glob("*.webp"))[:2]:
-        photo = to_tensor(Image.open(path))[..., :256, :224]
+    for path in sorted((NANO / "samples").glob("*.safetensors"))[:2]:
+        photo = to_tensor(Image.open(path.with_suffix(".webp")))[..., :256, :224]
         noisy = photo + 0.1 * torch.randn(photo.shape)
         cast = photo * torch.tensor([0.9, 1.0, 1.1])[:, None, None]
         blurred = F.avg_pool2d(photo, 3, stride=1, padding=1)
@@ -132,6 +132,7 @@ def test_border_and_psnr_in_closed_form():
     profile = torch.cat([torch.zeros(1), steps.cumsum(0)])
     picture = (profile + profile[:, None]).expand(1, 3, -1, -1) / 1000
     assert border(picture) == pytest.approx(3, rel=1e-3)
+    assert grid(picture, 16) == pytest.approx(3 / (18 / 16), rel=1e-3)  # a difference of 3 and 15 of 1
     assert psnr(picture, picture) == pytest.approx(100)
     assert psnr(picture + 0.02, picture) == pytest.approx(40, abs=1e-3)  # 1 % of the range
 
@@ -154,8 +155,8 @@ def test_spectral_error_and_border():
     blurred = F.avg_pool2d(truth, 3, stride=1, padding=1)
     assert spectral(blurred, truth, "") > spectral(0.3 * blurred + 0.7 * truth, truth, "") > 0.1
     noise = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
-    grid = noise + torch.randn(1, 3, 10, 10).repeat_interleave(16, 2).repeat_interleave(16, 3)
-    assert border(noise) == pytest.approx(1, abs=0.05) and border(grid) > 1.2
+    tiled = noise + torch.randn(1, 3, 10, 10).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    assert border(noise) == pytest.approx(1, abs=0.05) and border(tiled) > 1.2 > 1.05 > grid(noise)
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
@@ -215,3 +216,18 @@ def test_names_and_what_is_missing(tmp_path):
     assert "--weights squeezenet PATH" in skipped["squeezenet"]
     with pytest.raises(ValueError, match="no such file"):
         load_metrics([], torch.device("cpu"), {"squeezenet": tmp_path / "none"})
+
+
+def test_letters_kept():
+    """Those of the truth's lines, where they stand; a picture without any has no share."""
+    page = Image.new("RGB", (400, 160), "white")
+    for y, text in (20, "HELLO WORLD"), (90, "reading 1234"):
+        ImageDraw.Draw(page).text((20, y), text, font=ImageFont.load_default(size=40), fill="black")
+    truth, score = to_tensor(page), load_metrics([METRICS["letters"]], torch.device("cpu"), {})[0]["letters"]
+    first = truth.clone()
+    first[..., 80:, :] = 1  # without the second line
+    blurred = to_tensor(page.filter(ImageFilter.GaussianBlur(14)))
+    swapped = truth.roll(70, dims=-2)  # its lines stand elsewhere
+    shares = [measure("letters", score, x, truth, "", "page") for x in (truth, first, blurred, swapped)]
+    assert shares[0] == 1 and shares[1] == pytest.approx(10 / 21) and shares[2] < 0.2 and shares[3] < 0.5
+    assert measure("letters", score, truth, torch.ones_like(truth), "", "blank") is None

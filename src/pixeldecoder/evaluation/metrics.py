@@ -1,20 +1,23 @@
 """Pictures in, numbers out: what each metric is, which way is better, and where it comes from."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from pixeldecoder.errors import OUT_OF_MEMORY
 from pixeldecoder.evaluation.perceptual import LPIPS, SqueezeNetDistance
-from pixeldecoder.evaluation.pixels import border, ciede2000, colour_shift, luma, spectral_error, texture, unit
+from pixeldecoder.evaluation.pixels import border, ciede2000, colour_shift, grid, luma, spectral_error, texture, unit
 from pixeldecoder.hub import repository
 from pixeldecoder.pictures import psnr, to_image
 
@@ -200,6 +203,35 @@ def _hps(device: torch.device, weights: dict[str, Path]) -> Score:
     return score
 
 
+def _letters(device: torch.device, weights: dict[str, Path]) -> Score:
+    """Of the letters that PP-OCR reads in the truth, the share that it reads at the same places, in the same order."""
+    from rapidocr import RapidOCR
+
+    engine, known = RapidOCR(params={"Global.log_level": "critical"}), {}
+
+    def lines(truth: torch.Tensor) -> list[tuple[tuple[int, ...], str]]:
+        """Boxes and texts."""
+        pixels = np.asarray(to_image(truth))[..., ::-1]  # blue first
+        key = hashlib.sha256(pixels.tobytes()).digest()
+        if key not in known:
+            found = engine(pixels)
+            boxes = [] if found.boxes is None else found.boxes
+            corners = [(*box.min(axis=0).clip(0).astype(int), *np.ceil(box.max(axis=0)).astype(int)) for box in boxes]
+            known[key] = list(zip(corners, found.txts or (), strict=True))
+        return known[key]
+
+    def score(image: torch.Tensor, truth: Any, prompt: str) -> float:
+        pixels, kept, all_letters = np.asarray(to_image(image))[..., ::-1], 0, 0
+        for (left, top, right, bottom), text in lines(truth):
+            read = engine(np.ascontiguousarray(pixels[top:bottom, left:right]), use_det=False, use_cls=False).txts
+            wanted, got = ("".join(line.split()) for line in (text, "".join(read or ())))
+            blocks = SequenceMatcher(None, wanted, got, autojunk=False).get_matching_blocks()
+            kept, all_letters = kept + sum(block.size for block in blocks), all_letters + len(wanted)
+        return kept / all_letters if all_letters else math.nan  # nothing to read
+
+    return score
+
+
 def _distribution(kind: str) -> Callable[[torch.device, dict[str, Path]], Any]:
     """FID or KID over Inception features; its accumulator takes uint8 pictures."""
 
@@ -235,9 +267,11 @@ METRICS = {
         Metric("texture_flat", "zero", _plain(partial(texture, where="flat")), "Texture in flat regions, dB"),
         Metric("texture_textured", "zero", _plain(partial(texture, where="textured")), "Texture elsewhere, dB"),
         Metric("border", "one", _plain(lambda a, b: border(a)), "Gradient at 16 px borders", "image"),
+        Metric("grid", "one", _plain(lambda a, b: grid(a)), "Grid of 4 px", "image"),
         Metric("squeezenet", "lower", _squeezenet, "SqueezeNet distance", light=False),
         Metric("lpips", "lower", _lpips, "LPIPS", light=False),
         Metric("dists", "lower", partial(_pyiqa, "dists"), "DISTS", light=False),
+        Metric("letters", "higher", _letters, "Letters kept", light=False),
         Metric("fid", "lower", _distribution("fid"), "FID", "set", light=False),
         Metric("kid", "lower", _distribution("kid"), "KID", "set", light=False),
         Metric("patch_fid", "lower", _distribution("fid"), "Patch FID", "set", light=False),

@@ -136,3 +136,13 @@ def border(image: torch.Tensor, patch: int = 16) -> float:
     across = torch.cat([gradient[patch - 1 :: patch] for gradient in gradients]).mean()
     within = torch.cat([g[torch.arange(len(g)) % patch != patch - 1] for g in gradients]).mean()
     return (across / within).item()
+
+
+def grid(image: torch.Tensor, period: int = 4) -> float:
+    """Differences of neighbouring columns by their place modulo a period, the largest mean over that of all; of rows
+    as well, whichever is more: a photo has about 1.03, upsampling by a pixel shuffle 1.2."""
+    found = []
+    for gradient in image.diff(dim=-1).abs().mean(dim=(0, 1, 2)), image.diff(dim=-2).abs().mean(dim=(0, 1, 3)):
+        means = torch.stack([gradient[place::period].mean() for place in range(min(period, len(gradient)))])
+        found.append((means.max() / means.mean()).item())
+    return max(found)
