@@ -116,9 +116,9 @@ class Config:
 
 @dataclass(kw_only=True)
 class Nano(Conditioned):
-    """A stage's run. Half of the latents are clean: the base, which nobody tells sigma, pays for noise."""
+    """A stage's run. Most of the latents are clean: what noise costs there, they would pay."""
 
-    noise_probability: float = 0.5
+    noise_probability: float = 0.3
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(
             learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, decay=0.95, max_grad_norm=1.0
@@ -485,20 +485,22 @@ class Judges:
         self.squeezenet = SqueezeNetDistance(config.weights / "squeezenet1_0.safetensors", device)
         self.efficientnet = EfficientNetLite(config.weights / "efficientnet_lite0.safetensors", device)
 
-    def __call__(self, image: torch.Tensor, truth: torch.Tensor, rng: Random) -> torch.Tensor:
-        """The mean of SqueezeNet's distance of full-size pictures and that of one of both at any size."""
-        whole = self._distance(self.squeezenet, moved(image, truth, rng))
+    def __call__(
+        self, image: torch.Tensor, truth: torch.Tensor, rng: Random
+    ) -> tuple[torch.Tensor, list[list[torch.Tensor]], torch.Tensor]:
+        """The mean of SqueezeNet's distance of full-size pictures and that of one of both at any size; SqueezeNet's
+        features of the full-size ones; the moved truth of these."""
+        whole = moved(image, truth, rng)
+        seen = [self.features(self.squeezenet, x) for x in whole]
         scale = rng.choice([0.5, 0.6, 0.7, 0.85, 1.0])
         other = rng.choice([self.squeezenet, self.efficientnet, self.efficientnet])
         pair = [F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True) for x in moved(image, truth, rng)]
-        return (whole + self._distance(other, pair)) / 2
+        again = [self.features(other, x) for x in pair]
+        return sum(self.squeezenet.between(*features).mean() for features in (seen, again)) / 2, seen, whole[1]
 
-    def _distance(self, network: SqueezeNetDistance | EfficientNetLite, pair: list[torch.Tensor]) -> torch.Tensor:
-        made, real = pair
-        with autocast(made.device, self.bfloat16):
-            with torch.no_grad():
-                wanted = network.features(real)
-            return self.squeezenet.between(network.features(made), wanted).mean().float()
+    def features(self, network: SqueezeNetDistance | EfficientNetLite, image: torch.Tensor) -> list[torch.Tensor]:
+        with autocast(image.device, self.bfloat16):
+            return [x.float() for x in network.features(image)]
 
 
 def moved(image: torch.Tensor, truth: torch.Tensor, rng: Random) -> list[torch.Tensor]:
@@ -551,7 +553,7 @@ class CascadeStage(DecoderStage):
         return {
             "pixel": 4 * (image - target).abs().mean(),
             "colour": 4 * means(image - target).abs().mean(),
-            "perceptual": 2 * self.judges(image, target, rng),
+            "perceptual": 2 * self.judges(image, target, rng)[0],
         }
 
 
@@ -587,27 +589,27 @@ class JudgedStage(DecoderStage):
             settings = Optimizer(
                 learning_rate=2e-4, betas=(0.5, 0.99), weight_decay=0.0, warmup_steps=0, max_grad_norm=None
             )
-            whole = replace(config, precision="float32")
-            self.discriminator = self.parts["discriminator"] = Part(Discriminator(), settings, whole, accelerator)
+            self.discriminator = self.parts["discriminator"] = Part(Discriminator(), settings, config, accelerator)
 
     def judged(self, image: torch.Tensor, batch: Crops, random: SampleRandom, rng: Random, progress: float) -> Terms:
         weights = self.config.terms
+        distance, (made, real), truth = self.judges(image, batch.image, rng)
         terms = {
             "pixel": 2 * weights.pixel * (image - batch.image).abs().mean(),
             "colour": 4 * weights.pixel * means(image - batch.image).abs().mean(),
-            "perceptual": 2 * weights.perceptual * self.judges(image, batch.image, rng),
+            "perceptual": 2 * weights.perceptual * distance,
         }
         if weights.gan:
-            features, (made, truth) = self.judges.squeezenet.features, moved(image, batch.image, rng)
-            made, real = features(made), features(truth)
             self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
-            judged = self.discriminator.module(made)
+            with autocast(image.device, self.network.autocast):
+                judged = self.discriminator.module(made).float()
             self.discriminator.module.requires_grad_(True)
             terms["gan"] = min(1, 10 * progress) * weights.gan * losses.gan_student(judged)
-            perturbed = features(truth + 0.1 * random.normal(*truth.shape[1:]))
+            noisy = truth + 0.1 * random.normal(*truth.shape[1:])
+            perturbed = self.judges.features(self.judges.squeezenet, noisy)
             # One pass for all three: a wrapper for many processes counts on one per update.
             joined = [torch.cat([x.detach() for x in maps]) for maps in zip(made, real, perturbed, strict=True)]
-            fake_logits, real_logits, perturbed_logits = self.discriminator(joined).chunk(3)
+            fake_logits, real_logits, perturbed_logits = self.discriminator(joined).float().chunk(3)
             terms["discriminator"] = losses.gan_discriminator(fake_logits, real_logits)
             terms["r1"] = 5 * losses.approximate_r1(real_logits, perturbed_logits)
         return terms
@@ -618,7 +620,7 @@ class PhotoStage(JudgedStage):
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         model = build_network(config)
-        super().__init__(config, accelerator, model, 0.002, model.base)
+        super().__init__(config, accelerator, model, 0.003, model.base)
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
