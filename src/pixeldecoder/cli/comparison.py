@@ -40,13 +40,14 @@ def comparison(
         small = to_tensor(Image.open(path.with_suffix(".taef1.webp")))
         enlarged = F.interpolate(small, size=original.shape[-2:], mode="bicubic").clamp(-1, 1)
         row = [(f"TAEF1's decoder, {small.shape[-1]} px, enlarged: {psnr(enlarged, original):.2f} dB", enlarged)]
+        print(f"{path.stem:10} {row[0][0]}")
         for label, z, sigma in ("nano", latents, 0.0), (f"nano, sigma {SIGMA}", noisy, SIGMA):
             begun = time.perf_counter()
             image = pipeline(z, sigma=sigma, generator=generator(), output_type="pt", **kwargs).images
             image, seconds = image.cpu().float() * 2 - 1, time.perf_counter() - begun
-            row.append((f"{label}: {psnr(image, original):.2f} dB, {seconds:.1f} s", image))
-        for label, _ in row:
-            print(f"{path.stem:10} {label}", flush=True)
+            row.append((f"{label}: {psnr(image, original):.2f} dB", image))
+            # Not in the picture, which is the same whenever it is made.
+            print(f"{path.stem:10} {row[-1][0]}, {seconds:.1f} s", flush=True)
         rows.append([*row, ("original", original)])
     return _sheet(rows)
 
