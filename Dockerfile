@@ -1,5 +1,5 @@
 # The server of nano: docker build -t pixeldecoder . && docker run -p 8000:8000 pixeldecoder
-# With CUDA: docker build --build-arg TORCH=cu128 -t pixeldecoder . && docker run --gpus all -p 8000:8000 pixeldecoder
+# With CUDA: docker build --build-arg TORCH=cu130 -t pixeldecoder . && docker run --gpus all -p 8000:8000 pixeldecoder
 FROM python:3.11-slim
 
 ARG TORCH=cpu
