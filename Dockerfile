@@ -1,5 +1,5 @@
 # The server of nano: docker build -t pixeldecoder . && docker run -p 8000:8000 pixeldecoder
-# With CUDA: docker build --build-arg TORCH=cu128 -t pixeldecoder . && docker run --gpus all -p 8000:8000 pixeldecoder
+# With CUDA: docker build --build-arg TORCH=cu130 -t pixeldecoder . && docker run --gpus all -p 8000:8000 pixeldecoder
 FROM python:3.11-slim
 
 ARG TORCH=cpu
@@ -11,7 +11,7 @@ RUN sed -i '/^torch==/d' constraints.txt \
     && pip install --no-cache-dir --constraint constraints.txt '.[serve]' \
     && useradd --create-home --uid 1000 decoder
 
-USER decoder
+USER 1000
 ENV HF_HOME=/home/decoder/hub
 EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz')"]

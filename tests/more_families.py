@@ -1,6 +1,8 @@
 """The rest of diffusers' pipelines that share a latent space with a released decoder, on tiny random components."""
 
+import inspect
 import math
+import sys
 
 import numpy as np
 import torch
@@ -16,14 +18,24 @@ from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
     ControlNetModel,
+    ControlNetUnionModel,
+    ControlNetXSAdapter,
     CosmosTransformer3DModel,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     ErnieImagePipeline,
     ErnieImageTransformer2DModel,
     EulerDiscreteScheduler,
+    Flux2KleinAutoBlocks,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
+    Flux3AutoBlocks,
+    Flux3Transformer2DModel,
+    FluxAutoBlocks,
+    FluxControlImg2ImgPipeline,
+    FluxControlInpaintPipeline,
+    FluxControlNetImg2ImgPipeline,
+    FluxControlNetInpaintPipeline,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxControlPipeline,
@@ -35,15 +47,21 @@ from diffusers import (
     FluxTransformer2DModel,
     HiDreamImagePipeline,
     HiDreamImageTransformer2DModel,
+    HunyuanDiT2DControlNetModel,
     HunyuanDiT2DModel,
+    HunyuanDiTControlNetPipeline,
+    HunyuanDiTPAGPipeline,
     HunyuanDiTPipeline,
     JoyImageEditPipeline,
+    JoyImageEditPlusPipeline,
+    JoyImageEditPlusTransformer3DModel,
     JoyImageEditTransformer3DModel,
     Kandinsky5I2IPipeline,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    LongCatImageEditPipeline,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
     Lumina2Pipeline,
@@ -56,31 +74,61 @@ from diffusers import (
     OmniGenTransformer2DModel,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
+    PixArtSigmaPAGPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PRXPipeline,
     PRXTransformer2DModel,
+    QwenImageAutoBlocks,
+    QwenImageControlNetInpaintPipeline,
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
+    QwenImageEditInpaintPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
     SD3ControlNetModel,
+    StableDiffusion3AutoBlocks,
+    StableDiffusion3ControlNetInpaintingPipeline,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGImg2ImgPipeline,
+    StableDiffusion3PAGPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLAutoBlocks,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPAGImg2ImgPipeline,
+    StableDiffusionXLControlNetPAGPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionInpaintPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+    StableDiffusionXLControlNetXSPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+    StableDiffusionXLPAGImg2ImgPipeline,
+    StableDiffusionXLPAGInpaintPipeline,
+    StableDiffusionXLPAGPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
+    ZImageAutoBlocks,
+    ZImageControlNetInpaintPipeline,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
     ZImageImg2ImgPipeline,
     ZImageInpaintPipeline,
+    ZImageOmniPipeline,
 )
 from diffusers.models.condition_embedders.condition_embedder_anima import AnimaTextConditioner
 from diffusers.modular_pipelines.anima import AnimaAutoBlocks
 from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
+from diffusers.pipelines.kolors.pipeline_kolors_img2img import KolorsImg2ImgPipeline
+from diffusers.pipelines.pag.pipeline_pag_kolors import KolorsPAGPipeline
 from PIL import Image
 
 from families import (
@@ -499,20 +547,194 @@ def anima():
     return pipe, dict(prompt="a red cat")
 
 
+# The same networks in other pipelines
+
+
+def like(kind, pipe, **more):
+    """A pipeline or network of another class, with what this one has and `more`, as far as it takes them."""
+    parts = pipe.components | {"add_watermarker": False} if hasattr(pipe, "components") else pipe.config
+    taken = inspect.signature(kind.__init__).parameters
+    return kind(**{name: part for name, part in (dict(parts) | more).items() if name in taken})
+
+
+CAT = dict(prompt="a cat")
+FROM = dict(image=PICTURE, strength=1.0)
+CONTROL = dict(control_image=PICTURE)
+CONTROL_MASKED = CONTROL | dict(control_mask=MASKED["mask_image"])
+
+
+def of(kind, make, /, given=None, parts=None):
+    """Like the pipeline that `make` makes; `given` are arguments of its call in place of that one's."""
+
+    def made():
+        made = make()
+        pipe, own = made if isinstance(made, tuple) else (made, CAT)
+        return like(kind, pipe, **parts or {}), own if given is None else given
+
+    return made
+
+
+def modular(blocks, make, **given):
+    def made():
+        own = make().components
+        pipe = blocks().init_pipeline()
+        pipe.update_components(**{name: own[name] for name in pipe._component_specs if own.get(name) is not None})
+        return pipe, CAT | given
+
+    return made
+
+
+def z_image_controlnet(kind, channels: int, **given):
+    def made():
+        pipe = z_image()
+        net = ZImageControlNetModel(
+            control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=channels, dim=32,
+            n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        )  # fmt: skip
+        return like(kind, pipe, controlnet=ZImageControlNetModel.from_transformer(net, pipe.transformer)), CAT | given
+
+    return made
+
+
+def sdxl_union(kind, **given):
+    def made():
+        pipe = sdxl()
+        small = dict(num_trans_channel=8, num_trans_head=2, num_proj_channel=8)
+        net = like(ControlNetUnionModel, pipe.unet, conditioning_embedding_out_channels=(8,) * 4, **small)
+        return like(kind, pipe, controlnet=net), CAT | given | dict(control_image=[PICTURE], control_mode=[0])
+
+    return made
+
+
+def sdxl_controlnet_xs():
+    pipe = sdxl()
+    unet = like(UNet2DConditionModel, pipe.unet, layers_per_block=2)
+    net = ControlNetXSAdapter.from_unet(unet, size_ratio=1.0, conditioning_embedding_out_channels=(8,) * 4)
+    return like(StableDiffusionXLControlNetXSPipeline, pipe, unet=unet, controlnet=net), CAT | dict(image=PICTURE)
+
+
+def sdxl_pix2pix():
+    pipe = sdxl()
+    unet = like(UNet2DConditionModel, pipe.unet, in_channels=8)
+    return like(StableDiffusionXLInstructPix2PixPipeline, pipe, unet=unet), CAT | dict(image=PICTURE)
+
+
+def sdxl_adapter():
+    adapter = T2IAdapter(3, [8, 16], num_res_blocks=1, downscale_factor=16, adapter_type="full_adapter_xl")
+    return like(StableDiffusionXLAdapterPipeline, sdxl(), adapter=adapter), CAT | dict(image=PICTURE)
+
+
+def sd3_controlnet_inpaint():
+    pipe = sd3_controlnet()[0]
+    net = like(SD3ControlNetModel, pipe.controlnet, extra_conditioning_channels=1)
+    return like(StableDiffusion3ControlNetInpaintingPipeline, pipe, controlnet=net), CAT | CONTROL_MASKED
+
+
+def kolors_image():
+    pipe, text = kolors()
+    pipe = like(KolorsImg2ImgPipeline, pipe)
+    # Its call loses the pooled embeddings that it is given.
+    kinds = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+    pipe.encode_prompt = lambda *args, **kwargs: [text[kind] for kind in kinds]
+    return pipe, CAT | FROM
+
+
+def hunyuan_controlnet():
+    pipe, text = hunyuan_dit()
+    net = like(HunyuanDiT2DControlNetModel, pipe.transformer, transformer_num_layers=2)
+    return like(HunyuanDiTControlNetPipeline, pipe, controlnet=net), text | CONTROL
+
+
+def small(kind, *size) -> None:
+    """An editing pipeline that makes every image of a million pixels makes one of this size."""
+    sys.modules[kind.__module__].calculate_dimensions = lambda area, ratio: size
+
+
+def longcat_edit():
+    pipe = longcat()[0]
+    processor = torch.nn.Identity()
+    processor.image_processor = None
+    pipe = like(LongCatImageEditPipeline, pipe, text_processor=processor)
+    pipe.register_modules(text_processor=None)
+    pipe._encode_prompt = lambda *args: embeds(16)  # its call cannot take embeddings
+    small(LongCatImageEditPipeline, 64, 32)
+    return pipe, CAT | dict(image=PICTURE, guidance_scale=1.0)
+
+
+def qwen_edit_inpaint():
+    small(QwenImageEditInpaintPipeline, 64, 32, None)
+    return of_qwen(QwenImageEditInpaintPipeline, processor=None), QWEN_TEXT | MASKED
+
+
+def qwen_controlnet_inpaint():
+    pipe = qwen_controlnet()[0]
+    net = like(QwenImageControlNetModel, pipe.controlnet, extra_condition_channels=4)
+    return like(QwenImageControlNetInpaintPipeline, pipe, controlnet=net), QWEN_TEXT | CONTROL_MASKED
+
+
+def joy_edit_plus():
+    pipe = joy_edit()[0]
+    pipe = like(JoyImageEditPlusPipeline, pipe, transformer=like(JoyImageEditPlusTransformer3DModel, pipe.transformer))
+    pipe.encode_prompt_multiple_images = lambda **kwargs: (embeds(32), mask())  # its call cannot take embeddings
+    pipe.image_processor.get_default_height_width = lambda picture, *_: (picture.height, picture.width)
+    return pipe, CAT | dict(images=[[PICTURE, PICTURE]], guidance_scale=1.0)
+
+
+def flux3():
+    """A modular pipeline."""
+    blocks = Flux3AutoBlocks()
+    for name in "prompt_upsampler", "text_encoder":
+        blocks.sub_blocks.pop(name)
+    transformer = Flux3Transformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        timestep_channels=32, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    pipe = blocks.init_pipeline()
+    pipe.update_components(vae=kl_flux2(), transformer=transformer, scheduler=flow(shift=6.93))
+    return pipe, dict(prompt_embeds=embeds(32), negative_prompt_embeds=embeds(32))
+
+
+MID = dict(pag_applied_layers="mid")
+FIRST = dict(pag_applied_layers="blocks.0")
+
 OTHERS = {
     "Flux Kontext": (flux_kontext, "flux"),
     "Flux Kontext inpainting": (flux_kontext_inpaint, "flux"),
     "Flux Fill": (flux_fill, "flux"),
     "Flux Control": (flux_control, "flux"),
     "Flux ControlNet": (flux_controlnet, "flux"),
+    "Flux Control image to image": (
+        of(FluxControlImg2ImgPipeline, flux_control, FLUX_TEXT | FROM | CONTROL),
+        "flux",
+    ),
+    "Flux Control inpainting": (of(FluxControlInpaintPipeline, flux_control, FLUX_TEXT | MASKED | CONTROL), "flux"),
+    "Flux ControlNet image to image": (
+        of(FluxControlNetImg2ImgPipeline, flux_controlnet, FLUX_TEXT | FROM | CONTROL),
+        "flux",
+    ),
+    "Flux ControlNet inpainting": (
+        of(FluxControlNetInpaintPipeline, flux_controlnet, FLUX_TEXT | MASKED | CONTROL),
+        "flux",
+    ),
+    "Flux, modular": (modular(FluxAutoBlocks, flux), "flux"),
     "Flux image to image": (flux_image, "flux"),
     "Flux inpainting": (flux_inpaint, "flux"),
     "Z-Image image to image": (z_image_from_image, "flux"),
     "Z-Image inpainting": (z_image_inpaint, "flux"),
+    "Z-Image ControlNet": (z_image_controlnet(ZImageControlNetPipeline, 16, **CONTROL), "flux"),
+    "Z-Image ControlNet inpainting": (
+        z_image_controlnet(
+            ZImageControlNetInpaintPipeline, 33, image=PICTURE, mask_image=MASKED["mask_image"], **CONTROL
+        ),
+        "flux",
+    ),
+    "Z-Image Omni": (of(ZImageOmniPipeline, z_image, parts=dict(siglip=None, siglip_processor=None)), "flux"),
+    "Z-Image, modular": (modular(ZImageAutoBlocks, z_image), "flux"),
     "Chroma": (chroma, "flux"),
     "Chroma image to image": (chroma_image, "flux"),
     "Ovis-Image": (ovis, "flux"),
     "LongCat-Image": (longcat, "flux"),
+    "LongCat-Image-Edit": (longcat_edit, "flux"),
     "Bria": (bria, "flux"),
     "Lumina2": (lumina2, "flux"),
     "HiDream": (hidream, "flux"),
@@ -522,16 +744,56 @@ OTHERS = {
     "SD3 ControlNet": (sd3_controlnet, "sd3"),
     "SD3 image to image": (sd3_image, "sd3"),
     "SD3 inpainting": (sd3_inpaint, "sd3"),
+    "SD3 ControlNet inpainting": (sd3_controlnet_inpaint, "sd3"),
+    "SD3 PAG": (of(StableDiffusion3PAGPipeline, sd3, parts=FIRST), "sd3"),
+    "SD3 PAG image to image": (of(StableDiffusion3PAGImg2ImgPipeline, sd3, CAT | FROM, FIRST), "sd3"),
+    "SD3, modular": (modular(StableDiffusion3AutoBlocks, sd3), "sd3"),
     "SDXL inpainting": (sdxl_inpaint, "sdxl"),
     "SDXL ControlNet": (sdxl_controlnet, "sdxl"),
+    "SDXL ControlNet image to image": (
+        of(StableDiffusionXLControlNetImg2ImgPipeline, sdxl_controlnet, CAT | FROM | CONTROL),
+        "sdxl",
+    ),
+    "SDXL ControlNet inpainting": (
+        of(StableDiffusionXLControlNetInpaintPipeline, sdxl_controlnet, CAT | MASKED | CONTROL),
+        "sdxl",
+    ),
+    "SDXL ControlNet Union": (sdxl_union(StableDiffusionXLControlNetUnionPipeline), "sdxl"),
+    "SDXL ControlNet Union image to image": (
+        sdxl_union(StableDiffusionXLControlNetUnionImg2ImgPipeline, **FROM),
+        "sdxl",
+    ),
+    "SDXL ControlNet Union inpainting": (
+        sdxl_union(StableDiffusionXLControlNetUnionInpaintPipeline, **MASKED),
+        "sdxl",
+    ),
+    "SDXL ControlNet-XS": (sdxl_controlnet_xs, "sdxl"),
+    "SDXL InstructPix2Pix": (sdxl_pix2pix, "sdxl"),
+    "SDXL T2I-Adapter": (sdxl_adapter, "sdxl"),
+    "SDXL PAG": (of(StableDiffusionXLPAGPipeline, sdxl, parts=MID), "sdxl"),
+    "SDXL PAG image to image": (of(StableDiffusionXLPAGImg2ImgPipeline, sdxl, CAT | FROM, MID), "sdxl"),
+    "SDXL PAG inpainting": (of(StableDiffusionXLPAGInpaintPipeline, sdxl, CAT | MASKED, MID), "sdxl"),
+    "SDXL PAG ControlNet": (of(StableDiffusionXLControlNetPAGPipeline, sdxl_controlnet, parts=MID), "sdxl"),
+    "SDXL PAG ControlNet image to image": (
+        of(StableDiffusionXLControlNetPAGImg2ImgPipeline, sdxl_controlnet, CAT | FROM | CONTROL, MID),
+        "sdxl",
+    ),
+    "SDXL, modular": (modular(StableDiffusionXLAutoBlocks, sdxl), "sdxl"),
     "Kolors": (kolors, "sdxl"),
+    "Kolors image to image": (kolors_image, "sdxl"),
+    "Kolors PAG": (of(KolorsPAGPipeline, kolors, parts=MID), "sdxl"),
     "PixArt-Sigma": (pixart_sigma, "sdxl"),
+    "PixArt-Sigma PAG": (of(PixArtSigmaPAGPipeline, pixart_sigma, parts=FIRST), "sdxl"),
     "HunyuanDiT": (hunyuan_dit, "sdxl"),
+    "HunyuanDiT PAG": (of(HunyuanDiTPAGPipeline, hunyuan_dit, parts=dict(pag_applied_layers="blocks.1")), "sdxl"),
+    "HunyuanDiT ControlNet": (hunyuan_controlnet, "sdxl"),
     "AuraFlow": (aura_flow, "sdxl"),
     "OmniGen": (omnigen, "sdxl"),
     "Lumina": (lumina, "sdxl"),
     "FLUX.2-klein KV": (klein_kv, "flux2"),
     "FLUX.2-klein inpainting": (klein_inpaint, "flux2"),
+    "FLUX.2-klein, modular": (modular(Flux2KleinAutoBlocks, klein, text_encoder_out_layers=(1, 2, 3)), "flux2"),
+    "FLUX.3": (flux3, "flux2"),
     "ERNIE-Image": (ernie, "flux2"),
     "Bria FIBO 2": (bria_fibo2, "flux2"),
     "QwenImage-Edit": (qwen_edit, "qwenimage"),
@@ -539,11 +801,15 @@ OTHERS = {
     "QwenImage image to image": (qwen_image_to_image, "qwenimage"),
     "QwenImage inpainting": (qwen_inpaint, "qwenimage"),
     "QwenImage ControlNet": (qwen_controlnet, "qwenimage"),
+    "QwenImage ControlNet inpainting": (qwen_controlnet_inpaint, "qwenimage"),
+    "QwenImage-Edit inpainting": (qwen_edit_inpaint, "qwenimage"),
+    "QwenImage, modular": (modular(QwenImageAutoBlocks, qwen_image), "qwenimage"),
     "NucleusMoE-Image": (nucleus, "qwenimage"),
     "Krea 2": (krea2, "qwenimage"),
     "Anima": (anima, "qwenimage"),
     "Wan, one frame": (wan, "qwenimage"),
     "JoyImage-Edit": (joy_edit, "qwenimage"),
+    "JoyImage-Edit-Plus": (joy_edit_plus, "qwenimage"),
 }
 
 

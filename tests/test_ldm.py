@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,8 @@ from diffusers import (
 from diffusers.utils import logging
 from PIL import Image
 
+import families
+import more_families
 from conftest import Golden
 from families import FAMILIES, SIZE, build, kl, save_gemma, sdxl, z_image
 from more_families import OTHERS, build_other
@@ -39,6 +42,8 @@ from pixeldecoder import PixelDecoderPipeline
 from pixeldecoder.autoencoders import decode, encode
 from pixeldecoder.latents import SPACES, find_latent_space, normalise, unpack
 from pixeldecoder.ldm import (
+    _REFUSED,
+    _VIDEO,
     decoder_seed,
     generate,
     parse_stop,
@@ -725,6 +730,30 @@ def test_video_is_refused(name):
         ValueError, match=f"{name} makes video: expected a pipeline of images. Frames would need a decoder"
     ):
         pipeline_latent_space(pipe)
+
+
+@pytest.mark.parametrize("name", ["Ideogram4Pipeline", "Cosmos2TextToImagePipeline", "VisualClozePipeline"])
+def test_images_in_a_form_of_their_own_are_refused(name):
+    with pytest.raises(ValueError, match=f"no known decoder fits {name}: it"):
+        pipeline_latent_space(object.__new__(getattr(diffusers, name)))
+
+
+def test_every_pipeline_of_diffusers_is_run_or_left_out_by_name():
+    """Of those whose autoencoder could be one of ours, by what their files say."""
+    docs = (Path(__file__).parents[1] / "docs" / "latent-spaces.md").read_text()
+    left = re.findall(r"`([\w*!\[\]]+)`", docs[docs.index("Left out, of all classes") :].split("\n\n")[0])
+    ours = r"\bAutoencoder(KL|KLFlux2|KLQwenImage|KLWan|Tiny)\b"
+    run = {name for room in (families, more_families) for name in vars(room)} | {"StableDiffusionXLImg2ImgPipeline"}
+    missing, seen = [], 0
+    for file in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        for name, body in re.findall(r"^class (\w*Pipeline\w*)\((.*?)(?=^class |\Z)", file.read_text(), re.M | re.S):
+            if name in run or name.endswith("Output") or not re.search(ours, body):
+                continue
+            seen += 1
+            if name.startswith((*_REFUSED, *_VIDEO)) or any(fnmatchcase(name, pattern) for pattern in left):
+                continue
+            missing.append(name)
+    assert not missing and seen > 50
 
 
 def test_no_pipeline_of_images_is_refused_as_video():

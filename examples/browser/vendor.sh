@@ -3,8 +3,10 @@
 set -e
 here=$(dirname "$0")
 if [ $# -gt 0 ] || ! [ -d "$here/decoder" ]; then
+    rm -rf "$here/decoder.new"
+    pixeldecoder export "${1:-nano}" "$here/decoder.new" # which may fail, and then the one that is there stays
     rm -rf "$here/decoder"
-    pixeldecoder export "${1:-nano}" "$here/decoder"
+    mv "$here/decoder.new" "$here/decoder"
 fi
 cd "$here"
 mkdir -p vendor

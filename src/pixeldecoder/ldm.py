@@ -32,6 +32,7 @@ _REFUSED = {
     "Ideogram4": "it orders FLUX.2's channels in another way and has statistics of its own",
     "Cosmos": "its latents are noised in a frame of their own",
     "QwenImageLayered": "it makes several layers at once",
+    "VisualCloze": "it makes a grid of pictures at once",
 }
 _VIDEO = (
     "Allegro", "AnimateDiff", "AnyFlow", "ChronoEdit", "CogVideoX", "ConsisID", "EasyAnimate", "Helios", "Hunyuan15",
@@ -140,6 +141,8 @@ def partly_denoise(
         planned = kwargs.get("num_inference_steps", parameters["num_inference_steps"].default)
         _check_stop(kind, value, planned)
     height, width = (default_side(pipe, key, kwargs) for key in ("height", "width"))
+    if not isinstance(pipe, ModularPipeline):  # some calls take the size from a picture: here it says what they will
+        kwargs = {key: value for key, value in kwargs.items() if key in parameters or key not in ("height", "width")}
     scheduler = pipe.scheduler
     step = scheduler.step
     order, calls, due, whole = scheduler.order, 0, 0, 0
@@ -151,6 +154,8 @@ def partly_denoise(
     def as_taken(latents: torch.Tensor, signal: float, total: float) -> torch.Tensor:
         if name.startswith("BriaFibo2"):  # whose latents are normalised, and not packed
             latents = F.pixel_unshuffle(latents, 2)
+        if name.startswith("JoyImageEditPlus"):  # 2 x 2 cells each, and then those of the pictures that it was given
+            latents = latents[:, : (height or 0) * (width or 0) // 16**2].flatten(2)
         latents = unpack(latents.detach(), space, height, width, getattr(pipe, "vae", None)).float()
         if name.startswith("Kandinsky5"):  # whose latents are scaled, but not shifted
             latents = latents - signal * pipe.vae.config.scaling_factor * (pipe.vae.config.shift_factor or 0)

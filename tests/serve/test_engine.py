@@ -1,10 +1,14 @@
 """One thread owns the device: batches, order, limits, cancelling, and answers that equal local decodes."""
 
 import asyncio
+import os
 import queue
+import sys
 import threading
+import time
 from concurrent.futures import CancelledError
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +17,7 @@ from conftest import tiny_pipeline
 from families import build
 from pixeldecoder.ldm import generate
 from pixeldecoder.plan import Limits, plan
+from pixeldecoder.serve import engine as serving_engine
 from pixeldecoder.serve.engine import Engine, generator, noise_generator
 from pixeldecoder.serve.jobs import ClosedError, Request, TooLargeError
 from serving import Gate, latents, photo
@@ -200,6 +205,23 @@ def test_one_that_fails_fails_alone(pipeline):
     engine.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_at_rest_memory_goes_back(pipeline, monkeypatch):
+    monkeypatch.setattr(serving_engine, "REST", 0.1)
+    held = psutil.Process().memory_info
+    pieces = [torch.ones(25_000) for _ in range(2000)]  # 200 MB in blocks of a heap
+    before, pieces = held().rss, pieces[::50]
+    assert held().rss > before - 50e6
+    engine = Engine({"tiny": pipeline})
+    end = time.monotonic() + 60
+    while held().rss > before - 100e6 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert held().rss < before - 100e6
+    assert near(engine.submit(request(seed=3)).result(60).image, engine.submit(request(seed=3)).result(60).image)
+    engine.close()
+    assert all(os.environ[name] for name in serving_engine.KERNELS)
+
+
 def test_a_full_queue_and_the_end(pipeline):
     gate, engine = Gate(pipeline), Engine({"tiny": pipeline}, queue_size=2, max_batch=1)
     running = engine.submit(request(steps=1))
@@ -244,7 +266,8 @@ def test_a_latent_model_makes_what_generate_makes():
     engine.close()
 
 
-def test_estimate(engine):
+def test_estimate(engine, monkeypatch):
+    monkeypatch.setattr("pixeldecoder.plan.held_memory", lambda device: 0)  # which falls when the engine rests
     small, seconds = engine.estimate(request())
     large, longer = engine.estimate(request(latents=latents(0, 8, 8)))
     assert (large.width, large.height) == (256, 256) and large.memory > small.memory and longer > seconds > 0
