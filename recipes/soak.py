@@ -189,10 +189,10 @@ class Load:
         while self.running:
             turn += 1
             settings = {
-                "data": {"source": str(photos), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 0},
+                "data": {"source": str(photos), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 1},
                 "output": str(self.folder / f"run{turn}"), "steps": 12, "batch_size": 2, "micro_batch_size": 2,
                 "precision": "float32", "device": "cpu", "validate_every": 0, "checkpoint_every": 1,
-                "export": str(self.folder / f"trained{turn}"), "tracker": "none", "encoder": "nano",
+                "export": str(self.folder / f"trained{turn}"), "tracker": "none", "encoder": "nano", "model": "nano",
             }  # fmt: skip
             path = self.folder / "run.yaml"
             path.write_text(yaml.safe_dump(settings))

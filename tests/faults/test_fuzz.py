@@ -20,7 +20,7 @@ from pixeldecoder.bulk.output import MANIFEST, Output
 from pixeldecoder.cli import main
 from pixeldecoder.convert import load_folder
 from pixeldecoder.errors import explain
-from pixeldecoder.execution import Execution
+from pixeldecoder.execution import Execution, load_loras
 from pixeldecoder.files import load_latents
 from pixeldecoder.pictures import read, size
 from pixeldecoder.text import PromptEncoder, load_prompt_embeds, save_prompt_embeds
@@ -178,6 +178,39 @@ def test_a_damaged_part_of_a_manifest(damage, tmp_path):
             look()
     path.unlink()
     assert output.manifest("id")["id"].to_pylist() == ["b"]
+
+
+def test_a_column_of_a_manifest_whose_name_is_no_text(tmp_path):
+    """Read or not, a part with it is not written anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "manifest").mkdir()
+    path, output = tmp_path / "manifest/a.parquet", Output(str(tmp_path), "files", "png", "0")
+    pq.write_table(pa.Table.from_pylist([{"id": "a", "status": "done", "time": 1.0}], MANIFEST), path)
+    path.write_bytes(damaged := path.read_bytes().replace(b"seconds", b"sec\xffnds"))
+    with pytest.raises(ValueError, match=r"a.parquet: damaged .*: delete it, and its rows are made again"):
+        output.drop(["a"])
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    "shapes, reason",
+    [
+        ({"A.weight": (2, 8), "B.weight": (24, 1, 2)}, "not of this decoder, which is"),
+        ({"A.weight": (2,), "B.weight": (24, 2)}, "not of this decoder, which is"),
+        ({"A.weight": (2, 8), "B.weight": (24, 3)}, "not a LoRA of this decoder"),
+        ({"A.weight": (2, 8)}, "one of the two sides of patch_blocks.0.attn.to_qkv is missing"),
+        ({"B.weight": (24, 2)}, "one of the two sides of patch_blocks.0.attn.to_qkv is missing"),
+        ({"A.weight": (2, 8), "B.weight": (24, 2), "x.weight": (2, 8)}, "expected LoRA layers, found"),
+    ],
+)
+def test_a_lora_of_odd_layers(shapes, reason, tmp_path):
+    """Of a missing side, peft would take random values."""
+    layer = "transformer.patch_blocks.0.attn.to_qkv.lora_"
+    save_file({layer + part: torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "in.safetensors")
+    with pytest.raises(ValueError, match=f"in.safetensors: {reason}"):
+        load_loras(fuzz.small_pipeline(), [(str(tmp_path / "in.safetensors"), 0.5)])
 
 
 def test_settings_of_a_folder_that_go_on_and_on(tmp_path):

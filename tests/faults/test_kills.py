@@ -74,7 +74,7 @@ def train(things, here):
     if not (here.parent / "photos").exists():
         write_photos(here.parent / "photos")
     settings = {
-        "data": {"source": str(here.parent / "photos"), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 0},
+        "data": {"source": str(here.parent / "photos"), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 1},
         "architecture": str(path), "output": "out/run", "encoder": "nano", "train": "all", "steps": 4, "batch_size": 2,
         "micro_batch_size": 2, "precision": "float32", "device": "cpu", "validate_every": 0, "checkpoint_every": 1,
         "log_every": 1, "tracker": "none", "export": "out/decoder",

@@ -302,7 +302,7 @@ def _naming_damaged(part: str) -> Iterator[None]:
     """Of a part of the manifest, as ValueError: no run of ours leaves one, but a disk may."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{part}: damaged ({reason}): delete it, and its rows are made again") from None
 
