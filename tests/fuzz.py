@@ -503,6 +503,22 @@ def read_folder(path: Path) -> None:
         raise error
 
 
+def seeds_encoders(folder: Path) -> list[Seed]:
+    from diffusers import AutoencoderKL
+
+    small = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, layers_per_block=1)
+    small.save_pretrained(folder / "one/vae")
+    small_pipeline().encoder.save_pretrained(folder / "two")
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".safetensors")]
+    return [(path.relative_to(folder).as_posix(), path.read_bytes()) for path in paths]
+
+
+def read_encoder(path: Path) -> None:
+    from pixeldecoder.execution import load_encoder
+
+    load_encoder(path.relative_to(Path.cwd()).parts[0], "cpu")
+
+
 def seeds_pictures(folder: Path) -> list[Seed]:
     from PIL import Image, ImageCms
 
@@ -1074,6 +1090,7 @@ TARGETS = {
     "latents": Target(seeds_latents, read_latents),
     "checkpoints": Target(seeds_checkpoint, read_checkpoint, weight=40),
     "folders": Target(seeds_folder, read_folder, names=False, weight=4),
+    "encoders": Target(seeds_encoders, read_encoder, names=False, weight=10),
     "pictures": Target(seeds_pictures, read_picture),
     "captions": Target(seeds_captions, read_captions, weight=200),
     "shards": Target(seeds_tars, read_shards),

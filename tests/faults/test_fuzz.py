@@ -20,12 +20,14 @@ from pixeldecoder.bulk.output import MANIFEST, Output
 from pixeldecoder.cli import main
 from pixeldecoder.convert import load_folder
 from pixeldecoder.errors import explain
-from pixeldecoder.execution import Execution, load_loras
+from pixeldecoder.execution import Execution, load_encoder, load_loras
 from pixeldecoder.files import load_latents
 from pixeldecoder.pictures import read, size
+from pixeldecoder.portable import read_manifest
 from pixeldecoder.text import PromptEncoder, load_prompt_embeds, save_prompt_embeds
 from pixeldecoder.training.checkpoints import Checkpoints
 from pixeldecoder.training.config import Teacher, load_yaml, write_yaml
+from pixeldecoder.training.log import read_log
 
 
 def test_some_cases_of_every_parser():
@@ -135,6 +137,25 @@ def test_a_network_of_absurd_size(change, tmp_path):
             load()
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000: expected at most 512"),
+        ({"out_channels": 3 * 10**9}, "out_channels is 3000000000: expected at most 1048576"),
+        ({"block_out_channels": [4] * 10**5}, "block_out_channels is"),
+        ({"latent_channels": 2**19}, "config.json is of a network of [0-9]+ weights, but its files have [0-9]+ bytes"),
+        ({"_class_name": []}, "expected one of"),
+    ],
+)
+def test_an_autoencoder_of_absurd_size(change, reason, tmp_path):
+    fuzz.seeds_encoders(tmp_path)
+    path = tmp_path / "one/vae/config.json"
+    load_encoder(str(tmp_path / "one"), "cpu")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=reason):
+        load_encoder(str(tmp_path / "one"), "cpu")
+
+
 def test_a_scheduler_that_cannot_be_made(tmp_path):
     from pixeldecoder.convert import save_reference_checkpoint
 
@@ -211,6 +232,18 @@ def test_a_lora_of_odd_layers(shapes, reason, tmp_path):
     save_file({layer + part: torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "in.safetensors")
     with pytest.raises(ValueError, match=f"in.safetensors: {reason}"):
         load_loras(fuzz.small_pipeline(), [(str(tmp_path / "in.safetensors"), 0.5)])
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, "[[1, 2]]", "[]", "7", "{", '"x"'])
+def test_json_that_is_no_settings(content, tmp_path):
+    """Nested too deep, or another thing than an object."""
+    for name in ("settings.json", "log.jsonl", "manifest.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"settings.json: expected the settings"):
+        Output(str(tmp_path), "files", "png", "0").check({"kind": "files"})
+    assert read_log(tmp_path / "log.jsonl") == ([], 1)
+    with pytest.raises(ValueError, match="expected a folder that `pixeldecoder export` wrote"):
+        read_manifest(tmp_path, "onnx")
 
 
 def test_settings_of_a_folder_that_go_on_and_on(tmp_path):

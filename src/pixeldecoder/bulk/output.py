@@ -88,8 +88,10 @@ class Output:
                 raise ValueError(f"{self.url} holds other files, such as {others[0]}: give a folder of its own")
             return
         try:
-            there = dict(json.loads(fs.cat_file(path)))
-        except (ValueError, TypeError) as error:
+            there = json.loads(fs.cat_file(path))
+            if not isinstance(there, dict):
+                raise ValueError(f"got {there!r:.100}")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected the settings of the run that made {self.url}: {error}") from None
         other = [name for name in sorted({**there, **settings}) if there.get(name) != settings.get(name)]
         if other and self.parts():
