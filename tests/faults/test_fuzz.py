@@ -78,9 +78,11 @@ def png(*chunks: tuple[bytes, bytes], after: tuple[bytes, bytes] = (b"tEXt", b"a
     head = (b"IHDR", struct.pack(">IIBBBBB", 6, 4, 8, 0, 0, 0, 0))
     data = (b"IDAT", zlib.compress(b"\0\1\2\3\4\5\6" * 4))
     parts = [head, *chunks, data, after, (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in parts
-    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def test_exif_after_the_pixels():
@@ -90,6 +92,10 @@ def test_exif_after_the_pixels():
     data = png(after=(b"eXIf", exif.tobytes()[6:]))
     assert size(data) == read(data).rgb.size == (4, 6)
     assert size(png()) == read(png()).rgb.size == (6, 4)
+    lost = (b"eXIf", exif.tobytes()[6:])
+    broken = png(after=(b"a\x0f\x90b", b"")).replace(chunk(b"IEND", b""), chunk(*lost) + chunk(b"IEND", b""))
+    for data in (broken, png() + chunk(*lost)):  # after a chunk of no name, or the end
+        assert lost[1] in data and size(data) == read(data).rgb.size == (6, 4)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def train(things, here):
 def distill(things, here):
     train(things, here)
     settings = yaml.safe_load((here.parent / "run.yaml").read_text()) | {"feature_blocks": [1], "student_every": 2}
+    del settings["train"]
     (here.parent / "run.yaml").write_text(yaml.safe_dump(settings))
     return ["distill", "--config", here.parent / "run.yaml"]
 
@@ -116,8 +117,9 @@ def temporaries(folder: Path) -> list[Path]:
 
 
 def outputs(held: dict[str, object]) -> dict[str, object]:
-    """What a command is for; logs and checkpoints have tests of their own."""
-    return {name: value for name, value in held.items() if Path(name).suffix in (".png", ".safetensors", ".pt2")}
+    """What a command is for; logs, their curves with seconds in them, and checkpoints have tests of their own."""
+    kinds = (".png", ".safetensors", ".pt2")
+    return {name: held[name] for name in held if Path(name).suffix in kinds and not name.endswith("curves.png")}
 
 
 def check(zygote, things, here, command, number: int, kills: int, seed: int) -> int:
