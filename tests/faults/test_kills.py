@@ -113,7 +113,8 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".partial"]
+    hidden = (path for path in folder.rglob(".*") if path.name != ".metadata")  # a checkpoint's
+    return [*hidden, *folder.rglob("*.partial")]
 
 
 def outputs(held: dict[str, object]) -> dict[str, object]:
