@@ -189,10 +189,10 @@ class Load:
         while self.running:
             turn += 1
             settings = {
-                "data": {"source": str(photos), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 0},
+                "data": {"source": str(photos), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 1},
                 "output": str(self.folder / f"run{turn}"), "steps": 12, "batch_size": 2, "micro_batch_size": 2,
                 "precision": "float32", "device": "cpu", "validate_every": 0, "checkpoint_every": 1,
-                "export": str(self.folder / f"trained{turn}"), "tracker": "none", "encoder": "nano",
+                "export": str(self.folder / f"trained{turn}"), "tracker": "none", "encoder": "nano", "model": "nano",
             }  # fmt: skip
             path = self.folder / "run.yaml"
             path.write_text(yaml.safe_dump(settings))
@@ -241,12 +241,14 @@ def main(config: Soak) -> None:
             server.send_signal(signal.SIGTERM)
             server.wait()
         log = Path(folder, "server.log").read_text()
-    settled = load.memory[len(load.memory) // 5 :]
-    rise, unsure = slope(settled)
+    held = [round(bytes / 1e6) for _, bytes in load.memory]
+    rise, unsure = slope(load.memory[len(held) // 5 :])
+    later, unsure_later = slope(load.memory[len(held) // 2 :])
     facts = {
         "minutes": round(load.memory[-1][0] / 60, 1), "done": dict(load.done), "wrong": load.wrong[:20],
-        "server_mb": [round(held / 1e6) for _, held in (load.memory[0], settled[0], settled[-1])],
-        "slope_mb_per_hour": round(rise, 1), "its_standard_error": round(unsure, 1), "open_files": files,
+        "server_mb": held[:: max(1, len(held) // 20)], "slope_mb_per_hour": round(rise, 1),
+        "its_standard_error": round(unsure, 1), "slope_of_the_second_half": round(later, 1),
+        "standard_error_of_that": round(unsure_later, 1), "open_files": files,
         "healthz": health, "server_ended_with": server.returncode, "tracebacks": log.count("Traceback"),
     }  # fmt: skip
     print(json.dumps(facts, indent=1))

@@ -579,3 +579,9 @@ def test_the_home_folder(monkeypatch, tmp_path):
 def test_a_command_line_is_read_without_numpy():
     code = "import sys, pixeldecoder.cli; sys.exit(bool({'numpy', 'PIL', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_ctrl_c_while_libraries_are_imported():
+    Path("tyro.py").write_text("raise KeyboardInterrupt")
+    child = subprocess.run([sys.executable, "-c", "import pixeldecoder.cli"], capture_output=True, text=True)
+    assert (child.returncode, child.stdout, child.stderr) == (130, "", "pixeldecoder: interrupted\n")

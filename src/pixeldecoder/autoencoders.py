@@ -1,14 +1,15 @@
 """Pictures in, normalised latents (B, C, h, w) out, and back, by the autoencoder of each latent space."""
 
 import importlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from pixeldecoder.files import read_json
 from pixeldecoder.hub import download, hub_id, is_code, or_from_hub
 from pixeldecoder.latents import SPACES, flux2_statistics, normalise_flux2
 from pixeldecoder.models.encoder import TinyLatentEncoder
@@ -69,8 +70,9 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
             folder = download(name, ["config.json", "*.safetensors"])
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     try:
-        config = json.loads((folder / "config.json").read_text())
-        class_name = "SiglipVisionModel" if config.get("model_type", "").startswith("siglip") else config["_class_name"]
+        config = read_json(folder / "config.json")
+        siglip = str(config.get("model_type")).startswith("siglip")
+        class_name = "SiglipVisionModel" if siglip else str(config["_class_name"])
     except (OSError, KeyError, ValueError):
         raise ValueError(
             f"{folder}: expected a diffusers autoencoder, with its class in config.json, or a SigLIP model"
@@ -84,7 +86,27 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.
     if class_name not in _ENCODE:
         known = ", ".join([*_ENCODE, "TinyLatentEncoder"])
         raise ValueError(f'{folder}: {class_name}: expected one of {known}, or a callable of yours ("module:function")')
-    return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
+    kind = getattr(diffusers, class_name)
+    _check_size(kind, config, folder)
+    return kind.from_pretrained(folder, dtype=dtype)
+
+
+def _check_size(kind: Any, config: dict[str, Any], folder: Path) -> None:
+    """Refuse settings of far more than the files hold, which would take minutes and gigabytes to find out.
+
+    Raises:
+        ValueError: naming the first such setting, or the sizes of both.
+    """
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        most = 512 if "layers" in name or "num_" in name else 2**20
+        if len(values) > 512 or any(type(number) is int and number > most for number in values):
+            raise ValueError(f"{folder}/config.json: {name} is {value!r:.100}: expected at most {most}")
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in kind.from_config(config).parameters())
+    held = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    if weights > held:
+        raise ValueError(f"{folder}: config.json is of a network of {weights} weights, but its files have {held} bytes")
 
 
 @torch.no_grad()

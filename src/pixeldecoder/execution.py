@@ -136,15 +136,23 @@ def load_loras(pipeline: PixelDecoderPipeline, loras: Sequence[tuple[str, float]
                 state = pipeline.lora_state_dict(path)
             except OSError as error:
                 raise ValueError(f"not a readable file of tensors ({' '.join(str(error).split())})") from None
+            parts: dict[str, set[str]] = {}
             for key, tensor in state.items():
                 # peft would take what fits, and say nothing of the rest.
                 module, _, part = key.removeprefix("transformer.").partition(".lora_")
-                weight = getattr(modules.get(module), "weight", None)
-                side = {"A": 1, "B": 0}.get(part[:1])
-                if weight is None or (side is not None and tensor.shape[side] != weight.shape[side]):
-                    ours = "has no such layer" if weight is None else f"is {tuple(weight.shape)} there"
+                weight, side = getattr(modules.get(module), "weight", None), {"A.weight": 1, "B.weight": 0}.get(part)
+                parts.setdefault(module, set()).add(part)
+                if weight is None:
+                    raise ValueError(f"not of this decoder, which has no such layer: {key} {tuple(tensor.shape)}")
+                if side is None and part not in ("B.bias", "magnitude_vector", "magnitude_vector.weight"):
+                    raise ValueError(f"expected LoRA layers, found {key}")
+                if side is not None and (tensor.ndim != weight.ndim or tensor.shape[side] != weight.shape[side]):
+                    ours = f"is {tuple(weight.shape)} there"
                     raise ValueError(f"not of this decoder, which {ours}: {key} {tuple(tensor.shape)}")
-            pipeline.load_lora_weights(state, adapter_name=adapter)
+            if half := next((module for module, own in parts.items() if not {"A.weight", "B.weight"} <= own), None):
+                raise ValueError(f"one of the two sides of {half} is missing")
+            with blaming("not a LoRA of this decoder"):  # such as two sides of other ranks
+                pipeline.load_lora_weights(state, adapter_name=adapter)
             if adapter not in getattr(pipeline.transformer, "peft_config", {}):
                 raise ValueError("none of its tensors is a LoRA of this decoder")
         strengths[adapter] = strength

@@ -4,6 +4,7 @@ The graphs: `encode_latents`, once for an image; `velocity`, once for a step; `e
 encoder. All take any height, width and number of images.
 """
 
+import io
 import json
 import logging
 import math
@@ -190,7 +191,9 @@ def export(pipeline: PixelDecoderPipeline, folder: Path, format: Format = "onnx"
                 for spec, node in zip(program.graph_signature.input_specs, inputs, strict=True):
                     if spec.target in program.state_dict and not node.users:
                         program.state_dict[spec.target] = nn.Parameter(torch.empty(0))
-                torch.export.save(program, path)
+                buffer = io.BytesIO()  # on a full disk PyTorch's own writer ends the process
+                torch.export.save(program, buffer)
+                path.write_bytes(buffer.getbuffer())
                 continue
             with _quiet():
                 flat = [key for key in arguments if key != "features"]

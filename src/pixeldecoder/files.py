@@ -202,12 +202,11 @@ def _read_array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # np.load would take what is none for a pickle
     except Exception as error:  # whatever Python's parser says of a broken head
         raise ValueError(f"{path}: not a readable array of numbers ({_first_line(error)})") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise ValueError(f"{path}: not a readable array of numbers, expected plain real ones, got {kind}")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: not a readable array of numbers, expected plain real ones, got {array.dtype}")
     return array
 
 

@@ -5,6 +5,7 @@ Torch is imported where a tensor is made: what is wrong with a picture can be to
 
 import importlib.util
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -98,7 +99,7 @@ def _png_exif(file: IO[bytes]) -> bytes:
     """Of a PNG, which may have it after its pixels."""
     exif = b""
     file.seek(8)
-    while len(head := file.read(8)) == 8:
+    while re.fullmatch(rb".{4}\w{4}", head := file.read(8), re.DOTALL) and head[4:] != b"IEND":  # where Pillow stops
         length = int.from_bytes(head[:4])
         if head[4:] == b"eXIf":
             exif, length = file.read(length), 0

@@ -80,7 +80,7 @@ def read_manifest(folder: str | Path, format: str = "onnx") -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version, found = manifest["version"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{folder}: expected a folder that `pixeldecoder export` wrote, with {MANIFEST}") from None
     if (version, found) != (VERSION, format):
         raise ValueError(

@@ -125,7 +125,7 @@ def told_config(name: str) -> dict[str, Any] | None:
     folder = NANO if name == "nano" else Path(os.path.expanduser(name))
     try:
         config = json.loads((folder / "transformer" / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 

@@ -22,6 +22,10 @@ def convert(things, output="out.safetensors"):
     return ["convert", things / "with-text", output]
 
 
+def export(things, output="out"):
+    return ["export", things / "decoder", output, "--format", "pt2"]
+
+
 def one_line(result, *told: str) -> None:
     """Exit code 2, and in the last line what is told; no traceback."""
     code, _, error = result
@@ -36,7 +40,7 @@ def mounted(result):
     return result
 
 
-@pytest.mark.parametrize("command", [pytest.param(decode, marks=SLOW), encode, pytest.param(convert, marks=SLOW)])
+@pytest.mark.parametrize("command", [encode, *(pytest.param(slow, marks=SLOW) for slow in (decode, convert, export))])
 def test_full_disk(zygote, things, here, command):
     """Of 8 kB; nothing half written stays on it, and with room enough the same command makes all."""
     (here / "disk").mkdir()
@@ -49,7 +53,7 @@ def test_full_disk(zygote, things, here, command):
     assert zygote.run(here, *words)[0] == 0
 
 
-@pytest.mark.parametrize("command", [pytest.param(decode, marks=SLOW), pytest.param(encode, marks=SLOW), convert])
+@pytest.mark.parametrize("command", [convert, *(pytest.param(slow, marks=SLOW) for slow in (decode, encode, export))])
 def test_files_that_may_not_grow(zygote, things, here, command):
     words = command(things)
     one_line(zygote.run(here, *words, file_size="3000"), "too large")

@@ -20,12 +20,14 @@ from pixeldecoder.bulk.output import MANIFEST, Output
 from pixeldecoder.cli import main
 from pixeldecoder.convert import load_folder
 from pixeldecoder.errors import explain
-from pixeldecoder.execution import Execution
+from pixeldecoder.execution import Execution, load_encoder, load_loras
 from pixeldecoder.files import load_latents
 from pixeldecoder.pictures import read, size
+from pixeldecoder.portable import read_manifest
 from pixeldecoder.text import PromptEncoder, load_prompt_embeds, save_prompt_embeds
 from pixeldecoder.training.checkpoints import Checkpoints
 from pixeldecoder.training.config import Teacher, load_yaml, write_yaml
+from pixeldecoder.training.log import read_log
 
 
 def test_some_cases_of_every_parser():
@@ -76,9 +78,11 @@ def png(*chunks: tuple[bytes, bytes], after: tuple[bytes, bytes] = (b"tEXt", b"a
     head = (b"IHDR", struct.pack(">IIBBBBB", 6, 4, 8, 0, 0, 0, 0))
     data = (b"IDAT", zlib.compress(b"\0\1\2\3\4\5\6" * 4))
     parts = [head, *chunks, data, after, (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in parts
-    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def test_exif_after_the_pixels():
@@ -88,6 +92,10 @@ def test_exif_after_the_pixels():
     data = png(after=(b"eXIf", exif.tobytes()[6:]))
     assert size(data) == read(data).rgb.size == (4, 6)
     assert size(png()) == read(png()).rgb.size == (6, 4)
+    lost = (b"eXIf", exif.tobytes()[6:])
+    broken = png(after=(b"a\x0f\x90b", b"")).replace(chunk(b"IEND", b""), chunk(*lost) + chunk(b"IEND", b""))
+    for data in (broken, png() + chunk(*lost)):  # after a chunk of no name, or the end
+        assert lost[1] in data and size(data) == read(data).rgb.size == (6, 4)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +143,25 @@ def test_a_network_of_absurd_size(change, tmp_path):
             load()
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000: expected at most 512"),
+        ({"out_channels": 3 * 10**9}, "out_channels is 3000000000: expected at most 1048576"),
+        ({"block_out_channels": [4] * 10**5}, "block_out_channels is"),
+        ({"latent_channels": 2**19}, "config.json is of a network of [0-9]+ weights, but its files have [0-9]+ bytes"),
+        ({"_class_name": []}, "expected one of"),
+    ],
+)
+def test_an_autoencoder_of_absurd_size(change, reason, tmp_path):
+    fuzz.seeds_encoders(tmp_path)
+    path = tmp_path / "one/vae/config.json"
+    load_encoder(str(tmp_path / "one"), "cpu")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=reason):
+        load_encoder(str(tmp_path / "one"), "cpu")
+
+
 def test_a_scheduler_that_cannot_be_made(tmp_path):
     from pixeldecoder.convert import save_reference_checkpoint
 
@@ -178,6 +205,51 @@ def test_a_damaged_part_of_a_manifest(damage, tmp_path):
             look()
     path.unlink()
     assert output.manifest("id")["id"].to_pylist() == ["b"]
+
+
+def test_a_column_of_a_manifest_whose_name_is_no_text(tmp_path):
+    """Read or not, a part with it is not written anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "manifest").mkdir()
+    path, output = tmp_path / "manifest/a.parquet", Output(str(tmp_path), "files", "png", "0")
+    pq.write_table(pa.Table.from_pylist([{"id": "a", "status": "done", "time": 1.0}], MANIFEST), path)
+    path.write_bytes(damaged := path.read_bytes().replace(b"seconds", b"sec\xffnds"))
+    with pytest.raises(ValueError, match=r"a.parquet: damaged .*: delete it, and its rows are made again"):
+        output.drop(["a"])
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    "shapes, reason",
+    [
+        ({"A.weight": (2, 8), "B.weight": (24, 1, 2)}, "not of this decoder, which is"),
+        ({"A.weight": (2,), "B.weight": (24, 2)}, "not of this decoder, which is"),
+        ({"A.weight": (2, 8), "B.weight": (24, 3)}, "not a LoRA of this decoder"),
+        ({"A.weight": (2, 8)}, "one of the two sides of patch_blocks.0.attn.to_qkv is missing"),
+        ({"B.weight": (24, 2)}, "one of the two sides of patch_blocks.0.attn.to_qkv is missing"),
+        ({"A.weight": (2, 8), "B.weight": (24, 2), "x.weight": (2, 8)}, "expected LoRA layers, found"),
+    ],
+)
+def test_a_lora_of_odd_layers(shapes, reason, tmp_path):
+    """Of a missing side, peft would take random values."""
+    layer = "transformer.patch_blocks.0.attn.to_qkv.lora_"
+    save_file({layer + part: torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "in.safetensors")
+    with pytest.raises(ValueError, match=f"in.safetensors: {reason}"):
+        load_loras(fuzz.small_pipeline(), [(str(tmp_path / "in.safetensors"), 0.5)])
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, "[[1, 2]]", "[]", "7", "{", '"x"'])
+def test_json_that_is_no_settings(content, tmp_path):
+    """Nested too deep, or another thing than an object."""
+    for name in ("settings.json", "log.jsonl", "manifest.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"settings.json: expected the settings"):
+        Output(str(tmp_path), "files", "png", "0").check({"kind": "files"})
+    assert read_log(tmp_path / "log.jsonl") == ([], 1)
+    with pytest.raises(ValueError, match="expected a folder that `pixeldecoder export` wrote"):
+        read_manifest(tmp_path, "onnx")
 
 
 def test_settings_of_a_folder_that_go_on_and_on(tmp_path):

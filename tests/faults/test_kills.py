@@ -74,7 +74,7 @@ def train(things, here):
     if not (here.parent / "photos").exists():
         write_photos(here.parent / "photos")
     settings = {
-        "data": {"source": str(here.parent / "photos"), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 0},
+        "data": {"source": str(here.parent / "photos"), "resolution": 64, "max_aspect_ratio": 1.0, "workers": 1},
         "architecture": str(path), "output": "out/run", "encoder": "nano", "train": "all", "steps": 4, "batch_size": 2,
         "micro_batch_size": 2, "precision": "float32", "device": "cpu", "validate_every": 0, "checkpoint_every": 1,
         "log_every": 1, "tracker": "none", "export": "out/decoder",
@@ -86,6 +86,7 @@ def train(things, here):
 def distill(things, here):
     train(things, here)
     settings = yaml.safe_load((here.parent / "run.yaml").read_text()) | {"feature_blocks": [1], "student_every": 2}
+    del settings["train"]
     (here.parent / "run.yaml").write_text(yaml.safe_dump(settings))
     return ["distill", "--config", here.parent / "run.yaml"]
 
@@ -112,12 +113,14 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".partial"]
+    hidden = (path for path in folder.rglob(".*") if path.name != ".metadata")  # a checkpoint's
+    return [*hidden, *folder.rglob("*.partial")]
 
 
 def outputs(held: dict[str, object]) -> dict[str, object]:
-    """What a command is for; logs and checkpoints have tests of their own."""
-    return {name: value for name, value in held.items() if Path(name).suffix in (".png", ".safetensors", ".pt2")}
+    """What a command is for; logs, their curves with seconds in them, and checkpoints have tests of their own."""
+    kinds = (".png", ".safetensors", ".pt2")
+    return {name: held[name] for name in held if Path(name).suffix in kinds and not name.endswith("curves.png")}
 
 
 def check(zygote, things, here, command, number: int, kills: int, seed: int) -> int:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from conftest import TINY
 from families import save_gemma
-from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder
+from pixeldecoder import PixelDecoderPipeline, PixelDecoderTransformer2DModel, TinyLatentEncoder, files
 from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.cli import main
 from pixeldecoder.execution import image_encoder
@@ -890,3 +890,13 @@ def test_repa_compares_patches_with_patches(tmp_path):
     assert target.loss(-features, image).item() == pytest.approx(2, abs=1e-6)
     with pytest.raises(ValueError, match="repa_block 4: the network has blocks 0 to 3"):
         RepaTarget(replace(config, repa_block=4), network, Accelerator(cpu=True))
+
+
+def test_what_a_run_killed_at_its_end_has_left(teacher):
+    """Goes, though nothing is left to train or to write."""
+    train(teacher)
+    left = teacher.output / f".00000000.{files._machine():08x}.4194303.png"
+    left.touch()
+    files._SWEPT.clear()  # as in another process
+    train(teacher)
+    assert not left.exists()

@@ -88,8 +88,10 @@ class Output:
                 raise ValueError(f"{self.url} holds other files, such as {others[0]}: give a folder of its own")
             return
         try:
-            there = dict(json.loads(fs.cat_file(path)))
-        except (ValueError, TypeError) as error:
+            there = json.loads(fs.cat_file(path))
+            if not isinstance(there, dict):
+                raise ValueError(f"got {there!r:.100}")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected the settings of the run that made {self.url}: {error}") from None
         other = [name for name in sorted({**there, **settings}) if there.get(name) != settings.get(name)]
         if other and self.parts():
@@ -302,7 +304,7 @@ def _naming_damaged(part: str) -> Iterator[None]:
     """Of a part of the manifest, as ValueError: no run of ours leaves one, but a disk may."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{part}: damaged ({reason}): delete it, and its rows are made again") from None
 

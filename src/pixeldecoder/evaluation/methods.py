@@ -230,7 +230,7 @@ def read_facts(name: str, load: Callable[[], PixelDecoderPipeline]) -> Facts:
         index, config = (json.loads(Path(place).read_text()) for place in places)
         student = index["scheduler"][1] != "DPMSolverMultistepScheduler"
         return Facts(config["scale"], frame_of(index["latent_space"]), index["default_num_inference_steps"], student)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pipeline = load()
     student = not isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     steps, space = pipeline.config.default_num_inference_steps, pipeline.config.latent_space

@@ -25,9 +25,10 @@ Rotary = torch.Tensor
 def overwrites(x: torch.Tensor) -> bool:
     """Whether layers may write over what was made of `x`, which saves passes over memory: not where a gradient is
     recorded, a graph is traced, or autocast mixes dtypes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # before what PyTorch 2.6 cannot trace
+        return False
     device = x.device.type
-    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or mixed)
+    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

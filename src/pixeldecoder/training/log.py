@@ -99,7 +99,7 @@ def read_log(path: Path) -> tuple[list[dict[str, float]], int]:
         try:
             line = json.loads(text)
             sound = isinstance(line, dict) and "step" in line and all(type(x) in (int, float) for x in line.values())
-        except ValueError:
+        except (ValueError, RecursionError):
             sound = False
         if sound:
             lines.append(line)

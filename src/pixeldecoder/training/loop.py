@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
-from pixeldecoder.files import write_whole
+from pixeldecoder.files import sweep_once, write_whole
 from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training.checkpoints import Checkpoints, export, is_main
 from pixeldecoder.training.config import Prior, Run, Student, Teacher, check
@@ -56,6 +56,7 @@ def train(config: Run, stage: Callable[[Any, Accelerator], Stage] | None = None)
             cannot be written or does not fit.
     """
     check(config)
+    sweep_once(config.output)  # of a run that was killed at its end, of which nothing else is left to write
     checkpoints = Checkpoints(config)
     changed = checkpoints.changes()
     source = load_source(config)
