@@ -218,7 +218,7 @@ def test_names_and_what_is_missing(tmp_path):
         load_metrics([], torch.device("cpu"), {"squeezenet": tmp_path / "none"})
 
 
-def test_letters_kept():
+def test_letters_kept(capsys):
     """Those of the truth's lines, where they stand; a picture without any has no share."""
     page = Image.new("RGB", (400, 160), "white")
     for y, text in (20, "HELLO WORLD"), (90, "reading 1234"):
@@ -231,3 +231,4 @@ def test_letters_kept():
     shares = [measure("letters", score, x, truth, "", "page") for x in (truth, first, blurred, swapped)]
     assert shares[0] == 1 and shares[1] == pytest.approx(10 / 21) and shares[2] < 0.2 and shares[3] < 0.5
     assert measure("letters", score, truth, torch.ones_like(truth), "", "blank") is None
+    assert measure("letters", score, first, first, "", "another") == 1 and not capsys.readouterr().out

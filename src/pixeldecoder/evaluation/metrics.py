@@ -209,25 +209,26 @@ def _letters(device: torch.device, weights: dict[str, Path]) -> Score:
 
     engine, known = RapidOCR(params={"Global.log_level": "critical"}), {}
 
-    def lines(truth: torch.Tensor) -> list[tuple[tuple[int, ...], str]]:
-        """Boxes and texts."""
-        pixels = np.asarray(to_image(truth))[..., ::-1]  # blue first
-        key = hashlib.sha256(pixels.tobytes()).digest()
-        if key not in known:
-            found = engine(pixels)
-            boxes = [] if found.boxes is None else found.boxes
-            corners = [(*box.min(axis=0).clip(0).astype(int), *np.ceil(box.max(axis=0)).astype(int)) for box in boxes]
-            known[key] = list(zip(corners, found.txts or (), strict=True))
-        return known[key]
+    def boxes(pixels: np.ndarray) -> list[list[int]]:
+        """Left, top, right and bottom of the lines."""
+        found = engine(pixels, use_det=True, use_cls=True).boxes  # named, since what a call asks for stays
+        found = [] if found is None else found
+        return [[*box.min(axis=0).clip(0).astype(int), *np.ceil(box.max(axis=0)).astype(int)] for box in found]
+
+    def read(pixels: np.ndarray, box: list[int]) -> str:
+        left, top, right, bottom = box
+        line = pixels[top:bottom, left:right]
+        line = np.rot90(line) if len(line) >= 1.5 * line.shape[1] else line  # written downwards
+        return "".join("".join(engine(np.ascontiguousarray(line), use_det=False, use_cls=False).txts or ()).split())
 
     def score(image: torch.Tensor, truth: Any, prompt: str) -> float:
-        pixels, kept, all_letters = np.asarray(to_image(image))[..., ::-1], 0, 0
-        for (left, top, right, bottom), text in lines(truth):
-            read = engine(np.ascontiguousarray(pixels[top:bottom, left:right]), use_det=False, use_cls=False).txts
-            wanted, got = ("".join(line.split()) for line in (text, "".join(read or ())))
-            blocks = SequenceMatcher(None, wanted, got, autojunk=False).get_matching_blocks()
-            kept, all_letters = kept + sum(block.size for block in blocks), all_letters + len(wanted)
-        return kept / all_letters if all_letters else math.nan  # nothing to read
+        made, real = (np.asarray(to_image(x))[..., ::-1] for x in (image, truth))  # blue first
+        if (key := hashlib.sha256(real.tobytes()).digest()) not in known:
+            known[key] = [(box, read(real, box)) for box in boxes(real)]
+        matcher = partial(SequenceMatcher, None, autojunk=False)
+        blocks = [block for box, text in known[key] for block in matcher(text, read(made, box)).get_matching_blocks()]
+        all_letters = sum(len(text) for _, text in known[key])
+        return sum(block.size for block in blocks) / all_letters if all_letters else math.nan  # nothing to read
 
     return score
 
