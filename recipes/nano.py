@@ -764,10 +764,16 @@ SAMPLES = {
 
 def bundle(config: Config) -> None:
     """The pipeline's folder as it ships, with a few photos that may be passed on, their latents for the demo, and what
-    TAEF1's decoder makes of these."""
+    TAEF1's decoder makes of these.
+
+    The base ships half-way between its weights after the cascade's stage and after the photo's (network interpolation,
+    arXiv 1809.00219, section 3.4): most of what the photo has taught, without the weave that came with it."""
     encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
     pipeline = PixelDecoderPipeline.from_pretrained(config.out / "student", encoder=encoder, torch_dtype=torch.bfloat16)
     pipeline.register_to_config(encoder_name=None)
+    cascade = PixelDecoderTransformer2DModel.from_pretrained(config.out / "cascade" / "transformer").base.state_dict()
+    for name, tensor in pipeline.transformer.base.state_dict().items():
+        tensor.copy_((tensor.float() + cascade[name].float()) / 2)
     for part in ("transformer", "encoder", "samples"):
         shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
