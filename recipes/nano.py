@@ -777,6 +777,9 @@ def bundle(config: Config) -> None:
     for part in ("transformer", "encoder", "samples"):
         shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
+    for path in NANO_FOLDER.rglob("*.json"):  # diffusers writes down where a part came from
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     pipeline = PixelDecoderPipeline.from_pretrained("nano")
     taef1 = AutoencoderTiny.from_pretrained(config.out / "taef1")
     folder = NANO_FOLDER / "samples"

@@ -346,7 +346,7 @@ def test_plan(capsys):
     single = ["--device", "cpu", "--dtype", "float32"]  # by default it depends on the CPU
     assert main(["plan", "1024", "768", *single]) == 0
     text = capsys.readouterr().out
-    assert "1024 x 768 px, 6 tiles of" in text and "4 steps on cpu in" in text and "GB of memory, of it 0.04" in text
+    assert "1024 x 768 px, 6 tiles of" in text and "4 steps on cpu in" in text and "GB of memory, of it 0.05" in text
     assert main(["plan", "1024", "768", "--device", "cpu", "--tile", "none", "--steps", "1"]) == 0
     assert "1024 x 768 px, whole" in (text := capsys.readouterr().out) and "1 steps on" in text
     name = "PiD_res2k_sr4x_official_flux_distill_4step"  # not fetched

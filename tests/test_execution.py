@@ -92,7 +92,7 @@ def test_nano_in_lower_precision(change, decibels):
         generator = torch.Generator().manual_seed(0)
         images.append(pipeline(latents, generator=generator, output_type="pt").images)
     psnr = -10 * (images[0] - images[1]).square().mean().log10()
-    assert decibels < psnr < 100
+    assert decibels < psnr < torch.inf  # which the same numbers would have
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 EXTRAS = {
     "evaluate": ("braceexpand", "jinja2", "matplotlib", "torchmetrics", "webdataset"),
-    "iqa": ("open_clip", "pyiqa", "spandrel", "torch_fidelity"),
+    "iqa": ("onnxruntime", "open_clip", "pyiqa", "rapidocr", "spandrel", "torch_fidelity"),
     "lora": ("peft",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "quantize": ("bitsandbytes", "torchao"),

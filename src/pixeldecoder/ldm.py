@@ -141,7 +141,9 @@ def partly_denoise(
         planned = kwargs.get("num_inference_steps", parameters["num_inference_steps"].default)
         _check_stop(kind, value, planned)
     height, width = (default_side(pipe, key, kwargs) for key in ("height", "width"))
-    if not isinstance(pipe, ModularPipeline):  # some calls take the size from a picture: here it says what they will
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not isinstance(pipe, ModularPipeline) and not any_name:
+        # Some calls take the size from a picture: here it says what they will.
         kwargs = {key: value for key, value in kwargs.items() if key in parameters or key not in ("height", "width")}
     scheduler = pipe.scheduler
     step = scheduler.step

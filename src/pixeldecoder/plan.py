@@ -20,7 +20,7 @@ from torch import nn
 
 from pixeldecoder.errors import out_of_memory
 from pixeldecoder.files import parse_size
-from pixeldecoder.models.base import BAND, HALO, LatentDecoder
+from pixeldecoder.models.base import HALO, LatentDecoder
 from pixeldecoder.models.layers import attention
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.tiling import Tiles, cut, tiled_latents
@@ -427,7 +427,7 @@ def base_memory(base: LatentDecoder, height: int, width: int, batch: int, rows: 
     small = height // scale if rows is None else (rows + 2 * base.halo) * 2**base.upsamplings
     small = min(small, height // scale)
     features = dim * small * (width // scale)
-    band = min(small, BAND + 2 * HALO) * scale * width
+    band = min(small, base.band(rows) + 2 * HALO) * scale * width
     return batch * max(5 * features, 2 * features + 3 * base.refine.in_channels * band)
 
 

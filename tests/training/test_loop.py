@@ -81,7 +81,7 @@ def test_overfits_eight_crops(teacher, tmp_path):
         checkpoint_every=1000,
     )
     train(config)
-    assert psnrs(config)[-1]["psnr_sigma_0.0"] > 30
+    assert psnrs(config)[-1]["psnr_sigma_0.0"] > 26
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])

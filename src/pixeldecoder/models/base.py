@@ -56,12 +56,16 @@ class LatentDecoder(nn.Module):
         """
         scale = 2**self.enlargements
         # Bands of a size that is not known yet, or that gradients keep anyway, gain nothing.
-        band = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else BAND
+        band = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.band(rows)
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             return in_bands(self._enlarged, self.features(latents, sigma)[-1], band, HALO, scale)
 
         return in_bands(decode, latents, rows, self.halo, scale * 2**self.upsamplings)
+
+    def band(self, rows: int | None) -> int:
+        """Rows of the autoencoder's image that are enlarged at a time where so many of latents are decoded."""
+        return BAND if rows is None else min(BAND, rows * 2**self.upsamplings // 2)
 
     def features(self, latents: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
         """After each stage, up to the autoencoder's size: (B, dim, h 2^i, w 2^i)."""
