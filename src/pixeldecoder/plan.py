@@ -422,13 +422,13 @@ def peak_memory(
 
 def base_memory(base: LatentDecoder, height: int, width: int, batch: int, rows: int | None) -> int:
     """Values that a base holds at most for an image of that size in pixels, decoding so many rows of cells at a time:
-    five tensors at the autoencoder's size, or two of a band at full size and their enlargement."""
+    eight tensors at the autoencoder's size, or two of a band and four at full size."""
     scale, dim = 2**base.enlargements, base.to_small.in_channels
     small = height // scale if rows is None else (rows + 2 * base.halo) * 2**base.upsamplings
     small = min(small, height // scale)
     features = dim * small * (width // scale)
     band = min(small, base.band(rows) + 2 * HALO) * scale * width
-    return batch * max(5 * features, 2 * features + 3 * base.refine.in_channels * band)
+    return batch * max(8 * features, 2 * features + 4 * base.refine.in_channels * band)
 
 
 def count_flops(model: PixelDecoderTransformer2DModel, tokens: int, text_tokens: int = 0) -> tuple[float, float]:
