@@ -1,11 +1,11 @@
 """Photos in, the bundled nano weights out, one command for each stage:
 
-    python recipes/nano.py encoder --data TRAIN --minutes 8
-    python recipes/nano.py base --data TRAIN --minutes 35
-    python recipes/nano.py cascade --data TRAIN --minutes 30
-    python recipes/nano.py photo --data TRAIN --minutes 30
-    python recipes/nano.py teacher --data TRAIN --minutes 12
-    python recipes/nano.py student --data TRAIN --minutes 30
+    python recipes/nano.py encoder --data TRAIN --minutes 9
+    python recipes/nano.py base --data TRAIN --minutes 12
+    python recipes/nano.py cascade --data TRAIN --minutes 24
+    python recipes/nano.py photo --data TRAIN --minutes 28
+    python recipes/nano.py teacher --data TRAIN --minutes 5
+    python recipes/nano.py student --data TRAIN --minutes 21
     python recipes/nano.py bundle --data EVAL
 
 each with `--weights FOLDER`, where the networks that it learns from lie under their own names. Each writes its part

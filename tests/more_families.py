@@ -703,10 +703,7 @@ OTHERS = {
     "Flux Fill": (flux_fill, "flux"),
     "Flux Control": (flux_control, "flux"),
     "Flux ControlNet": (flux_controlnet, "flux"),
-    "Flux Control image to image": (
-        of(FluxControlImg2ImgPipeline, flux_control, FLUX_TEXT | FROM | CONTROL),
-        "flux",
-    ),
+    "Flux Control image to image": (of(FluxControlImg2ImgPipeline, flux_control, FLUX_TEXT | FROM | CONTROL), "flux"),
     "Flux Control inpainting": (of(FluxControlInpaintPipeline, flux_control, FLUX_TEXT | MASKED | CONTROL), "flux"),
     "Flux ControlNet image to image": (
         of(FluxControlNetImg2ImgPipeline, flux_controlnet, FLUX_TEXT | FROM | CONTROL),
@@ -763,10 +760,7 @@ OTHERS = {
         sdxl_union(StableDiffusionXLControlNetUnionImg2ImgPipeline, **FROM),
         "sdxl",
     ),
-    "SDXL ControlNet Union inpainting": (
-        sdxl_union(StableDiffusionXLControlNetUnionInpaintPipeline, **MASKED),
-        "sdxl",
-    ),
+    "SDXL ControlNet Union inpainting": (sdxl_union(StableDiffusionXLControlNetUnionInpaintPipeline, **MASKED), "sdxl"),
     "SDXL ControlNet-XS": (sdxl_controlnet_xs, "sdxl"),
     "SDXL InstructPix2Pix": (sdxl_pix2pix, "sdxl"),
     "SDXL T2I-Adapter": (sdxl_adapter, "sdxl"),

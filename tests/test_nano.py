@@ -41,13 +41,13 @@ def test_size(nano):
 
 
 def test_quality_on_samples(nano):
-    """Not far from what the autoencoder's own decoder makes of the same latents, enlarged."""
+    """Nearer than what the autoencoder's own decoder makes of the same latents, enlarged."""
     values = []
     for path in SAMPLES:
         truth, small = original(path), to_tensor(Image.open(path.with_suffix(".taef1.webp")))
         enlarged = F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1)
         values.append((psnr(decode(nano, load_file(path)["latents"]), truth), psnr(enlarged, truth)))
-    assert len(values) == 4 and np.subtract(*np.mean(values, axis=0)) > -0.5
+    assert len(values) == 4 and np.subtract(*np.mean(values, axis=0)) > 0
 
 
 def test_encoder_gives_the_samples_latents(nano):

@@ -1,12 +1,12 @@
 """A released checkpoint's name in; its configuration, latent space and licence out ."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pixeldecoder.files import read_json
 from pixeldecoder.hub import hub_id, or_from_hub
 
 NANO = Path(__file__).parent / "weights" / "nano"
@@ -124,10 +124,9 @@ def told_config(name: str) -> dict[str, Any] | None:
         return PRESETS[name].config
     folder = NANO if name == "nano" else Path(os.path.expanduser(name))
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "transformer" / "config.json")
+    except ValueError:
         return None
-    return config if isinstance(config, dict) else None
 
 
 def check_decoder_name(name: str) -> None:

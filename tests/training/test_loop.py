@@ -69,7 +69,7 @@ def test_overfits_eight_crops(teacher, tmp_path):
     config = replace(
         teacher,
         data=Data(source=str(write_photos(tmp_path / "eight", 8, (64, 64))), resolution=64, workers=1),
-        steps=500,
+        steps=700,
         batch_size=8,
         micro_batch_size=8,
         noise_probability=0.0,
@@ -77,11 +77,11 @@ def test_overfits_eight_crops(teacher, tmp_path):
         ema_decay=0.98,
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20, max_grad_norm=1.0),
         log_every=100,
-        validate_every=500,
+        validate_every=700,
         checkpoint_every=1000,
     )
     train(config)
-    assert psnrs(config)[-1]["psnr_sigma_0.0"] > 26
+    assert psnrs(config)[-1]["psnr_sigma_0.0"] > 30
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])

@@ -55,8 +55,8 @@ def comparison(
 def _sheet(rows: list[list[tuple[str, torch.Tensor]]]) -> Image.Image:
     """Pictures at full size, each with its label under it."""
     sizes = [row[0][1].shape[-2:] for row in rows]
-    width = max(w * len(row) for (_, w), row in zip(sizes, rows, strict=True))
-    sheet = Image.new("RGB", (width, sum(h + STRIP for h, _ in sizes)))
+    widest = max(width * len(row) for (_, width), row in zip(sizes, rows, strict=True))
+    sheet = Image.new("RGB", (widest, sum(height + STRIP for height, _ in sizes)))
     draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(size=20), 0
     for (height, width), row in zip(sizes, rows, strict=True):
         for i, (label, image) in enumerate(row):

@@ -1,7 +1,6 @@
 """A picture or a prompt in, its image by one method out: a decoder, or what people would use instead."""
 
 import inspect
-import json
 import os
 import re
 import time
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from pixeldecoder.autoencoders import decode, encode
 from pixeldecoder.convert import read_reference
 from pixeldecoder.errors import require
+from pixeldecoder.files import read_json
 from pixeldecoder.flow import Frame, SampleRandom, add_noise, student_times
 from pixeldecoder.hub import hub_id, repository
 from pixeldecoder.latents import SPACES
@@ -227,10 +227,10 @@ def read_facts(name: str, load: Callable[[], PixelDecoderPipeline]) -> Facts:
         places = [
             path / file if path.is_dir() else str(try_to_load_from_cache(hub_id(name) or name, file)) for file in files
         ]
-        index, config = (json.loads(Path(place).read_text()) for place in places)
+        index, config = (read_json(Path(place)) for place in places)
         student = index["scheduler"][1] != "DPMSolverMultistepScheduler"
         return Facts(config["scale"], frame_of(index["latent_space"]), index["default_num_inference_steps"], student)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         pipeline = load()
     student = not isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     steps, space = pipeline.config.default_num_inference_steps, pipeline.config.latent_space

@@ -42,7 +42,7 @@ REST = 1.0
 """Seconds without a request after which the memory that was freed goes back to the system."""
 KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 """That oneDNN and PyTorch keep for a CPU, from their first use on: those of the last 6 sizes and numbers of images, of
-which each takes 11 MB, in place of 24; to make them again takes no time that can be measured."""
+which each takes 11 MB, in place of 24."""
 
 
 @dataclass
