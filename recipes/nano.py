@@ -82,6 +82,7 @@ class Weights:
     pixel: float = 1.0
     perceptual: float = 1.0
     gan: float = 0.03
+    spread: float = 0.5
     vsd: float = 0.1
 
 
@@ -126,6 +127,8 @@ class Nano(Conditioned):
     )
     own_encoder: str = ""
     """That of the first stage, beside TAEF1's."""
+    cascade: str = ""
+    """What of that stage is mixed into the teacher's base."""
     teacher: str = ""
     weights: Path = Path()
     """Folder of the networks it learns from."""
@@ -147,6 +150,7 @@ def configure(config: Config) -> Nano:
         encoder=str(config.out / "taef1"),
         own_encoder="" if stage in ("encoder", "base") else made_by("encoder"),
         model=made_by(starts[stage]) if stage in starts else "",
+        cascade=made_by("cascade") if stage == "teacher" else "",
         teacher=made_by("teacher") if stage == "student" else "",
         latent_space="flux",
         output=config.out / f"{stage}_training",
@@ -322,7 +326,7 @@ class NanoStage:
             rng = Random(f"{config.seed}/crops/{number}")
             cells = rng.choices(list(sizes), shares)[0]
             count = max(1, round(config.micro_batch_size * sizes[cells][1]))
-            first = 2 * config.micro_batch_size * number  # no size has more crops than that
+            first = 4 * config.micro_batch_size * number  # no size has more crops and twins than that
             yield self.draw(photos, cells, list(range(first, first + count)), rng, step + 1)
 
     def draw(self, photos: Photos, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
@@ -489,18 +493,27 @@ class Judges:
         self, image: torch.Tensor, truth: torch.Tensor, rng: Random
     ) -> tuple[torch.Tensor, list[list[torch.Tensor]], torch.Tensor]:
         """The mean of SqueezeNet's distance of full-size pictures and that of one of both at any size; SqueezeNet's
-        features of the full-size ones; the moved truth of these."""
+        features of the full-size ones; the moved truth of these.
+
+        Args:
+            image: as many of each truth as there are, one after another."""
         whole = moved(image, truth, rng)
         seen = [self.features(self.squeezenet, x) for x in whole]
         scale = rng.choice([0.5, 0.6, 0.7, 0.85, 1.0])
         other = rng.choice([self.squeezenet, self.efficientnet, self.efficientnet])
         pair = [F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True) for x in moved(image, truth, rng)]
         again = [self.features(other, x) for x in pair]
-        return sum(self.squeezenet.between(*features).mean() for features in (seen, again)) / 2, seen, whole[1]
+        distances = [self.squeezenet.between(a, alike(b, a)).mean() for a, b in (seen, again)]
+        return sum(distances) / 2, seen, whole[1]
 
     def features(self, network: SqueezeNetDistance | EfficientNetLite, image: torch.Tensor) -> list[torch.Tensor]:
         with autocast(image.device, self.bfloat16):
             return [x.float() for x in network.features(image)]
+
+
+def alike(truth: list[torch.Tensor], image: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Repeated, for images of which there are several of each."""
+    return [y.repeat(len(x) // len(y), 1, 1, 1) for y, x in zip(truth, image, strict=True)]
 
 
 def moved(image: torch.Tensor, truth: torch.Tensor, rng: Random) -> list[torch.Tensor]:
@@ -594,11 +607,16 @@ class JudgedStage(DecoderStage):
     def judged(self, image: torch.Tensor, batch: Crops, random: SampleRandom, rng: Random, progress: float) -> Terms:
         weights = self.config.terms
         distance, (made, real), truth = self.judges(image, batch.image, rng)
+        error = image - alike([batch.image], [image])[0]
         terms = {
-            "pixel": 2 * weights.pixel * (image - batch.image).abs().mean(),
-            "colour": 4 * weights.pixel * means(image - batch.image).abs().mean(),
+            "pixel": 2 * weights.pixel * error.abs().mean(),
+            "colour": 4 * weights.pixel * means(error).abs().mean(),
             "perceptual": 2 * weights.perceptual * distance,
         }
+        if len(image) > len(batch.image):
+            alike_features = sum(torch.linalg.vector_norm(torch.sub(*x.chunk(2)), dim=1).mean() for x in made) / len(made)
+            likeness = weights.pixel * torch.sub(*image.chunk(2)).abs().mean() + weights.perceptual * alike_features
+            terms["spread"] = -weights.spread * likeness
         if weights.gan:
             self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
             with autocast(image.device, self.network.autocast):
@@ -609,7 +627,8 @@ class JudgedStage(DecoderStage):
             perturbed = self.judges.features(self.judges.squeezenet, noisy)
             # One pass for all three: a wrapper for many processes counts on one per update.
             joined = [torch.cat([x.detach() for x in maps]) for maps in zip(made, real, perturbed, strict=True)]
-            fake_logits, real_logits, perturbed_logits = self.discriminator(joined).float().chunk(3)
+            sizes = len(image), len(truth), len(truth)
+            fake_logits, real_logits, perturbed_logits = self.discriminator(joined).float().split(sizes)
             terms["discriminator"] = losses.gan_discriminator(fake_logits, real_logits)
             terms["r1"] = 5 * losses.approximate_r1(real_logits, perturbed_logits)
         return terms
@@ -646,12 +665,19 @@ def squared(error: torch.Tensor, patch: int = 16) -> torch.Tensor:
 
 class TeacherStage(DecoderStage):
     """On top of the base the rest learns by flow matching in x0: that of the velocity, weighted by t^2, lest the few
-    small times rule."""
+    small times rule.
+
+    The base is half-way between its weights after the cascade's stage and after the photo's (network interpolation,
+    arXiv 1809.00219, section 3.4): most of what the photo has taught, without the weave that came with it."""
 
     crops: ClassVar = VARIED
 
     def __init__(self, config: Nano, accelerator: Accelerator):
-        super().__init__(config, accelerator, on_base(config), 0.02)
+        model, cascade = on_base(config), build_network(replace(config, model=config.cascade))
+        with torch.no_grad():
+            for one, other in zip(model.base.parameters(), cascade.base.parameters(), strict=True):
+                one.lerp_(other, 0.5)
+        super().__init__(config, accelerator, model, 0.02)
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, image = self.random(batch), batch.image
@@ -669,13 +695,15 @@ class StudentStage(JudgedStage):
     - the discriminator reads SqueezeNet's features of the clean image, not the teacher's of the noised one;
     - the image's error and its distance as networks see it are losses, too; the variational one counts .1, not 1, and
       there is no text to guide by;
+    - of each latents two images are made, from other noise, and what keeps them alike is taken back (`spread`), so that
+      detail comes from the noise;
     - every update is the student's, the discriminator's and the fake score's at once, not one of six the student's;
     - the student's image comes from its own samples, from noise alone twice as often as from each later step;
     - the fake score learns by the squared error of the image (`squared`), at the student's own time and noise, not by
       flow matching;
     - Muon and AdamW, with warm-up and decay, move student and fake score, gradients cut to 1; the base is frozen."""
 
-    crops: ClassVar = VARIED
+    crops: ClassVar = {cells: (share, crops / 4) for cells, (share, crops) in VARIED.items()}
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         super().__init__(config, accelerator, on_base(config), 0.02)
@@ -686,12 +714,14 @@ class StudentStage(JudgedStage):
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
-        inputs = self.inputs(batch, random)
-        image = self.student_image(batch, inputs, random, rng.choices(range(4), (4, 2, 2, 2))[0])
+        inputs = {name: torch.cat([x, x]) for name, x in self.inputs(batch, random).items()}
+        twins = [n + i * len(batch.samples) for i in (1, 2) for n in batch.samples]
+        noise = SampleRandom(self.config.seed, twins, "training", batch.image.device)
+        image = self.student_image(batch, inputs, noise, rng.choices(range(4), (4, 2, 2, 2))[0])
         terms = self.judged(image, batch, random, rng, progress)
         if weight := self.config.terms.vsd:
-            t = random.normal().sigmoid().clamp(0.02, 0.99)
-            x_t = noised(image.detach(), random.normal(*image.shape[1:]), t)
+            t = noise.normal().sigmoid().clamp(0.02, 0.99)
+            x_t = noised(image.detach(), noise.normal(*image.shape[1:]), t)
             with torch.no_grad(), autocast(image.device, self.network.autocast):
                 x0_teacher = clean(x_t, self.teacher(x_t, 1000 * t, **inputs).sample, t)
             x0_fake = clean(x_t, self.fake_score(x_t, 1000 * t, **inputs).sample, t)
@@ -764,16 +794,10 @@ SAMPLES = {
 
 def bundle(config: Config) -> None:
     """The pipeline's folder as it ships, with a few photos that may be passed on, their latents for the demo, and what
-    TAEF1's decoder makes of these.
-
-    The base ships half-way between its weights after the cascade's stage and after the photo's (network interpolation,
-    arXiv 1809.00219, section 3.4): most of what the photo has taught, without the weave that came with it."""
+    TAEF1's decoder makes of these."""
     encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
     pipeline = PixelDecoderPipeline.from_pretrained(config.out / "student", encoder=encoder, torch_dtype=torch.bfloat16)
     pipeline.register_to_config(encoder_name=None)
-    cascade = PixelDecoderTransformer2DModel.from_pretrained(config.out / "cascade" / "transformer").base.state_dict()
-    for name, tensor in pipeline.transformer.base.state_dict().items():
-        tensor.copy_((tensor.float() + cascade[name].float()) / 2)
     for part in ("transformer", "encoder", "samples"):
         shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
     pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")

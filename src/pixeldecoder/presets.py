@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixeldecoder.files import read_json
 from pixeldecoder.hub import hub_id, or_from_hub
 
 NANO = Path(__file__).parent / "weights" / "nano"
@@ -122,6 +121,8 @@ def told_config(name: str) -> dict[str, Any] | None:
     first. What is missing is the model's default."""
     if name in PRESETS:
         return PRESETS[name].config
+    from pixeldecoder.files import read_json  # with numpy, which reading a command line does without
+
     folder = NANO if name == "nano" else Path(os.path.expanduser(name))
     try:
         return read_json(folder / "transformer" / "config.json")
