@@ -150,11 +150,12 @@ def test_nano(run, nano, taef1, tmp_path):
     run("student", 3)
     lines = (tmp_path / "out" / "student_training" / "log.jsonl").read_text().splitlines()
     first, *_, last = map(json.loads, lines)
-    assert judged | {"vsd", "fake_score"} <= set(last) and all(math.isfinite(value) for value in last.values())
+    assert judged | {"spread", "vsd", "fake_score"} <= set(last) and all(math.isfinite(value) for value in last.values())
     # The fake score is the teacher at first, so that nothing is distilled.
     assert first["gan"] == 0 < last["gan"] and abs(first["vsd"]) < 1e-9 < last["vsd"]
     run("student", 2, output=tmp_path / "plain", export=tmp_path / "made", terms=nano.Weights(gan=0, vsd=0))
     assert not {"gan", "discriminator", "vsd", "fake_score"} & log(tmp_path / "plain")
+    assert "spread" not in log(tmp_path / "out" / "photo_training")
 
     weights = {
         stage: PixelDecoderTransformer2DModel.from_pretrained(tmp_path / "out" / stage / "transformer").state_dict()
@@ -168,7 +169,10 @@ def test_nano(run, nano, taef1, tmp_path):
         return bool(base), bool(changed - base)
 
     assert moved("base", "cascade") == moved("cascade", "photo") == (True, False)
-    assert moved("photo", "teacher") == moved("teacher", "student") == (False, True)
+    assert moved("photo", "teacher") == (True, True) and moved("teacher", "student") == (False, True)
+    for name, tensor in weights["teacher"].items():
+        if name.startswith("base."):
+            torch.testing.assert_close(tensor, (weights["cascade"][name] + weights["photo"][name]) / 2)
 
 
 def test_taef1_itself_imitates_taef1(nano, taef1, photos, tmp_path):
