@@ -44,6 +44,7 @@ from pixeldecoder.autoencoders import load_image_encoder
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
 from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
+from pixeldecoder.models.adapter import LatentFeatures
 from pixeldecoder.models.base import LatentDecoder
 from pixeldecoder.models.discriminator import PixelDecoderDiscriminator
 from pixeldecoder.models.encoder import TinyLatentEncoder
@@ -714,10 +715,14 @@ class StudentStage(JudgedStage):
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
-        inputs = {name: torch.cat([x, x]) for name, x in self.inputs(batch, random).items()}
+        one, (height, width) = self.inputs(batch, random), batch.image.shape[2:]
+        with autocast(batch.image.device, self.network.autocast):
+            features = self.network.module.encode_latents(**one, height=height, width=width)
+        inputs = {name: torch.cat([x, x]) for name, x in one.items()}
         twins = [n + i * len(batch.samples) for i in (1, 2) for n in batch.samples]
         noise = SampleRandom(self.config.seed, twins, "training", batch.image.device)
-        image = self.student_image(batch, inputs, noise, rng.choices(range(4), (4, 2, 2, 2))[0])
+        known = dict(latent_features=twice(features), sigma=inputs["sigma"])
+        image = self.student_image(batch, known, noise, rng.choices(range(4), (4, 2, 2, 2))[0])
         terms = self.judged(image, batch, random, rng, progress)
         if weight := self.config.terms.vsd:
             t = noise.normal().sigmoid().clamp(0.02, 0.99)
@@ -729,15 +734,22 @@ class StudentStage(JudgedStage):
             terms["fake_score"] = squared(x0_fake - image.detach()).mean()
         return terms
 
-    def student_image(self, batch: Crops, inputs: dict, random: SampleRandom, last: int) -> torch.Tensor:
+    def student_image(self, batch: Crops, known: dict, random: SampleRandom, last: int) -> torch.Tensor:
         """From its own samples up to a step."""
         x_t = random.normal(*batch.image.shape[1:])
         times = batch.image.new_tensor(STUDENT_TIMES)[:, None].expand(-1, len(x_t))
         with torch.no_grad():
             for now, following in itertools.pairwise(times[: last + 1]):
-                x0 = clean(x_t, self.network(x_t, 1000 * now, **inputs).sample, now)
+                x0 = clean(x_t, self.network(x_t, 1000 * now, **known).sample, now)
                 x_t = noised(x0, random.normal(*x0.shape[1:]), following)
-        return clean(x_t, self.network(x_t, 1000 * times[last], **inputs).sample, times[last])
+        return clean(x_t, self.network(x_t, 1000 * times[last], **known).sample, times[last])
+
+
+def twice(features: LatentFeatures) -> LatentFeatures:
+    def both(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else torch.cat([x, x])
+
+    return LatentFeatures(*(tuple(map(both, x)) if isinstance(x, tuple) else both(x) for x in features))
 
 
 class Muon(torch.optim.AdamW):

@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pixeldecoder
@@ -20,8 +21,15 @@ def main(extra: str) -> None:
     assert (package / "py.typed").is_file()
     if extra != "alone":
         for module in errors.EXTRAS[extra]:
-            importlib.import_module(module)
-        print(f"{extra}: {', '.join(errors.EXTRAS[extra])} imported")
+            try:
+                importlib.import_module(module)
+            except RuntimeError as error:
+                # The index has torchvision for CUDA alone; beside a PyTorch for CPUs it cannot be imported.
+                if "torchvision::" not in str(error) or not version("torch").endswith("+cpu"):
+                    raise
+                print(f"{extra}: NOT imported: {module}, by a torchvision for another PyTorch ({error})")
+            else:
+                print(f"{extra}: {module} imported")
         return
     from PIL import Image
 
