@@ -84,6 +84,7 @@ class Weights:
     perceptual: float = 1.0
     gan: float = 0.03
     spread: float = 0.5
+    """1 is what the energy score, a proper one, takes back of the pixels' error (Gneiting and Raftery 2007, eq. 22)."""
     vsd: float = 0.1
 
 
@@ -615,9 +616,10 @@ class JudgedStage(DecoderStage):
             "perceptual": 2 * weights.perceptual * distance,
         }
         if len(image) > len(batch.image):
-            alike_features = sum(torch.linalg.vector_norm(torch.sub(*x.chunk(2)), dim=1).mean() for x in made) / len(made)
-            likeness = weights.pixel * torch.sub(*image.chunk(2)).abs().mean() + weights.perceptual * alike_features
-            terms["spread"] = -weights.spread * likeness
+            apart = [torch.linalg.vector_norm(torch.sub(*x.chunk(2)), dim=1).mean() for x in made]
+            apart = weights.perceptual * sum(apart) / len(apart)
+            apart = apart + weights.pixel * torch.sub(*image.chunk(2)).abs().mean()
+            terms["spread"] = -weights.spread * apart
         if weights.gan:
             self.discriminator.module.requires_grad_(False)  # it judges here; gradients pass through it
             with autocast(image.device, self.network.autocast):
@@ -698,8 +700,10 @@ class StudentStage(JudgedStage):
       there is no text to guide by;
     - of each latents two images are made, from other noise, and what keeps them alike is taken back (`spread`), so that
       detail comes from the noise;
+    - a step's image is kept near that of the step before (`kept`): the last one, which sees it through little noise,
+      would else learn to do without what it sees, and nothing that came from noise would be left;
     - every update is the student's, the discriminator's and the fake score's at once, not one of six the student's;
-    - the student's image comes from its own samples, from noise alone twice as often as from each later step;
+    - the student's image comes from its own samples, from the last step half of the time;
     - the fake score learns by the squared error of the image (`squared`), at the student's own time and noise, not by
       flow matching;
     - Muon and AdamW, with warm-up and decay, move student and fake score, gradients cut to 1; the base is frozen."""
@@ -722,8 +726,10 @@ class StudentStage(JudgedStage):
         twins = [n + i * len(batch.samples) for i in (1, 2) for n in batch.samples]
         noise = SampleRandom(self.config.seed, twins, "training", batch.image.device)
         known = dict(latent_features=twice(features), sigma=inputs["sigma"])
-        image = self.student_image(batch, known, noise, rng.choices(range(4), (4, 2, 2, 2))[0])
+        image, before = self.student_images(batch, known, noise, rng.choices(range(4), (2, 2, 2, 6))[0])
         terms = self.judged(image, batch, random, rng, progress)
+        if before is not None:
+            terms["kept"] = 2 * self.config.terms.pixel * (image - before).abs().mean()
         if weight := self.config.terms.vsd:
             t = noise.normal().sigmoid().clamp(0.02, 0.99)
             x_t = noised(image.detach(), noise.normal(*image.shape[1:]), t)
@@ -734,15 +740,17 @@ class StudentStage(JudgedStage):
             terms["fake_score"] = squared(x0_fake - image.detach()).mean()
         return terms
 
-    def student_image(self, batch: Crops, known: dict, random: SampleRandom, last: int) -> torch.Tensor:
-        """From its own samples up to a step."""
-        x_t = random.normal(*batch.image.shape[1:])
+    def student_images(
+        self, batch: Crops, known: dict, random: SampleRandom, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From its own samples up to a step, and that of the step before, without gradient."""
+        x_t, x0 = random.normal(*batch.image.shape[1:]), None
         times = batch.image.new_tensor(STUDENT_TIMES)[:, None].expand(-1, len(x_t))
         with torch.no_grad():
             for now, following in itertools.pairwise(times[: last + 1]):
                 x0 = clean(x_t, self.network(x_t, 1000 * now, **known).sample, now)
                 x_t = noised(x0, random.normal(*x0.shape[1:]), following)
-        return clean(x_t, self.network(x_t, 1000 * times[last], **known).sample, times[last])
+        return clean(x_t, self.network(x_t, 1000 * times[last], **known).sample, times[last]), x0
 
 
 def twice(features: LatentFeatures) -> LatentFeatures:

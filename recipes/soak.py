@@ -6,6 +6,7 @@ A server answers latents, pictures, and requests that are wrong or cut off; besi
 and by `bulk` (with --bulk), and a network trains, whose processes are killed and started again. Each answer is compared
 with the first of its kind, every finished folder with the first. Prints what was done, the faults, and the slope of
 the server's memory after its first fifth; fails if anything was lost, wrong, or not cleaned up, or if the memory rises.
+The clients rest for the seconds in which it is measured: under load it is that of the batch of the moment.
 """
 
 import io
@@ -64,6 +65,8 @@ class Load:
         self.wrong: list[str] = []
         self.first: dict[str, str] = {}
         self.memory: list[tuple[float, int]] = []
+        self.asking, self.rested = threading.Semaphore(config.clients), threading.Event()
+        self.rested.set()
         self.lock = threading.Lock()
 
     @property
@@ -83,11 +86,23 @@ class Load:
         ask = {"latents": self.latents, "picture": self.picture, "wrong": self.bad, "cut": self.cut}
         while self.running:
             kind = rng.choices([*ask], [6, 3, 2, 1])[0]
+            self.rested.wait()
             try:
-                ask[kind](url, rng)
+                with self.asking:
+                    ask[kind](url, rng)
             except (requests.RequestException, OSError) as error:
                 self.wrong.append(f"{kind}: {error!r}")
                 time.sleep(1)
+
+    def measure(self, server: psutil.Process, begun: float) -> None:
+        """The server's memory at rest: it gives back what it has freed when there is nothing to do."""
+        self.rested.clear()
+        for _ in range(self.config.clients):
+            self.asking.acquire()
+        time.sleep(3)
+        self.memory.append((time.monotonic() - begun, server.memory_info().rss))
+        self.asking.release(self.config.clients)
+        self.rested.set()
 
     def post(self, url: str, **given) -> requests.Response:
         while True:
@@ -230,8 +245,8 @@ def main(config: Soak) -> None:
             for thread in threads:
                 thread.start()
             while load.running and server.poll() is None:
-                time.sleep(5)
-                load.memory.append((time.monotonic() - begun, psutil.Process(server.pid).memory_info().rss))
+                time.sleep(15)
+                load.measure(psutil.Process(server.pid), begun)
             load.until = 0
             for thread in threads:
                 thread.join()

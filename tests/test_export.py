@@ -84,7 +84,9 @@ def check(pipeline, folder, sizes=SIZES, text=None, tolerance=1e-4, steps_tolera
             for leaf, one in zip(leaves, tensors(features), strict=True):
                 largest = max(1, one.abs().max().item())
                 torch.testing.assert_close(torch.from_numpy(leaf), one, atol=tolerance * largest, rtol=tolerance)
-            told = {"image": image, "t": t, "sigma": sigma} | ({} if embeds is None else {"prompt_embeds": embeds})
+            told = {"image": image, "t": t, "sigma": sigma}
+            if embeds is not None:
+                told["prompt_embeds"] = embeds[:, : config.max_text_length]
             told = {name: x.numpy() for name, x in told.items()}
             names = (output.name for output in sessions["encode_latents"].get_outputs())
             (v,) = sessions["velocity"].run(None, told | dict(zip(names, leaves, strict=True)))
@@ -231,12 +233,15 @@ def test_torch_archives(precision, tolerance, tmp_path):
         torch.export.load(tmp_path / "graphs" / f"{name}.pt2").module() for name in ("encode_latents", "velocity")
     )
     for batch, height, width in [*SIZES, (1, 17, 2)]:  # the last larger than a base's band
-        z, image = torch.randn(batch, 16, height, width), torch.randn(batch, 3, 32 * height, 32 * width)
-        t, sigma = torch.rand(batch), torch.rand(batch)
+        generator = seeded(height)
+        z = torch.randn(batch, 16, height, width, generator=generator)
+        image = torch.randn(batch, 3, 32 * height, 32 * width, generator=generator)
+        t, sigma = torch.rand(2, batch, generator=generator)
         with torch.no_grad():
             v = velocity(image=image, t=t, sigma=sigma, features=list(encode(latents=z, sigma=sigma)))
             exact = pipeline.transformer(image, 1000 * t, latents=z, sigma=sigma).sample
-        torch.testing.assert_close(v, exact, atol=tolerance, rtol=tolerance)
+        largest = max(1, exact.abs().max().item())  # a velocity at a small time is large
+        torch.testing.assert_close(v, exact, atol=tolerance * largest, rtol=tolerance)
     with pytest.raises(ValueError, match="pt2 graphs of version 1, expected onnx of version 1: export them again"):
         onnx_pipeline(tmp_path / "graphs")
 

@@ -88,7 +88,7 @@ class OnnxTransformer(PixelDecoderTransformer2DModel):
         told = {"image": hidden_states.float(), "t": t, "sigma": sigma}
         told |= {f"features_{i}": feature for i, feature in enumerate(tensors(latent_features))}
         if encoder_hidden_states is not None:
-            told["prompt_embeds"] = encoder_hidden_states.float()
+            told["prompt_embeds"] = encoder_hidden_states[:, : self.config.max_text_length].float()
         (v,) = self.sessions["velocity"].run(None, {name: x.contiguous().numpy() for name, x in told.items()})
         return (torch.from_numpy(v),)
 
@@ -146,7 +146,7 @@ def export(pipeline: PixelDecoderPipeline, folder: Path, format: Format = "onnx"
     dynamic: dict[str, Any] = {"image": size, "t": each, "sigma": each}
     # A gate has one value to a token, and no more.
     dynamic["features"] = [{i: Dim.AUTO for i, side in enumerate(x.shape) if side > 1} for x in features]
-    if config.text_embed_dim is not None:
+    if config.text_embed_dim is not None:  # whoever runs the graphs cuts off tokens that the network would
         told["prompt_embeds"] = torch.zeros(2, 7, config.text_embed_dim)
         dynamic["prompt_embeds"] = {0: Dim.AUTO, 1: Dim.AUTO}
     names = [f"features_{i}" for i in range(len(features))]

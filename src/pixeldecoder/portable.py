@@ -28,7 +28,7 @@ def run_onnx(
         latents: normalised, (B, C, h, w).
         normal: a shape -> N(0, 1), such as `np.random.default_rng(0).standard_normal`.
         sigma: noise level of the latents in [0, 1], one, or one for each image.
-        prompt_embeds: (B, T, Dt), for a decoder with text.
+        prompt_embeds: (B, T, Dt), for a decoder with text; tokens beyond its `max_text_length` are cut off.
         providers: onnxruntime's, the first that can is taken.
 
     Returns:
@@ -58,7 +58,8 @@ def run_onnx(
     if manifest["text_embed_dim"] is not None:
         if prompt_embeds is None or prompt_embeds.shape[2:] != (manifest["text_embed_dim"],):
             raise ValueError(f"this decoder reads text: expected prompt_embeds (B, T, {manifest['text_embed_dim']})")
-        told["prompt_embeds"] = prompt_embeds.astype(np.float32)
+        longest = manifest["transformer"]["max_text_length"]
+        told["prompt_embeds"] = prompt_embeds[:, :longest].astype(np.float32)
     image = normal(shape).astype(np.float32)
     for t, after in pairwise([*manifest["times"], 0.0]):
         (v,) = velocity.run(None, {"image": image, "t": np.full(batch, t, np.float32), **told})

@@ -121,7 +121,7 @@ def told_config(name: str) -> dict[str, Any] | None:
     first. What is missing is the model's default."""
     if name in PRESETS:
         return PRESETS[name].config
-    from pixeldecoder.files import read_json  # with numpy, which reading a command line does without
+    from pixeldecoder.files import read_json  # noqa: PLC0415 (with numpy, which a command line is read without)
 
     folder = NANO if name == "nano" else Path(os.path.expanduser(name))
     try:
