@@ -700,10 +700,8 @@ class StudentStage(JudgedStage):
       there is no text to guide by;
     - of each latents two images are made, from other noise, and what keeps them alike is taken back (`spread`), so that
       detail comes from the noise;
-    - a step's image is kept near that of the step before (`kept`): the last one, which sees it through little noise,
-      would else learn to do without what it sees, and nothing that came from noise would be left;
     - every update is the student's, the discriminator's and the fake score's at once, not one of six the student's;
-    - the student's image comes from its own samples, from the last step half of the time;
+    - the student's image comes from its own samples, from noise alone twice as often as from each later step;
     - the fake score learns by the squared error of the image (`squared`), at the student's own time and noise, not by
       flow matching;
     - Muon and AdamW, with warm-up and decay, move student and fake score, gradients cut to 1; the base is frozen."""
@@ -726,10 +724,8 @@ class StudentStage(JudgedStage):
         twins = [n + i * len(batch.samples) for i in (1, 2) for n in batch.samples]
         noise = SampleRandom(self.config.seed, twins, "training", batch.image.device)
         known = dict(latent_features=twice(features), sigma=inputs["sigma"])
-        image, before = self.student_images(batch, known, noise, rng.choices(range(4), (2, 2, 2, 6))[0])
+        image = self.student_image(batch, known, noise, rng.choices(range(4), (4, 2, 2, 2))[0])
         terms = self.judged(image, batch, random, rng, progress)
-        if before is not None:
-            terms["kept"] = 2 * self.config.terms.pixel * (image - before).abs().mean()
         if weight := self.config.terms.vsd:
             t = noise.normal().sigmoid().clamp(0.02, 0.99)
             x_t = noised(image.detach(), noise.normal(*image.shape[1:]), t)
@@ -740,17 +736,15 @@ class StudentStage(JudgedStage):
             terms["fake_score"] = squared(x0_fake - image.detach()).mean()
         return terms
 
-    def student_images(
-        self, batch: Crops, known: dict, random: SampleRandom, last: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """From its own samples up to a step, and that of the step before, without gradient."""
-        x_t, x0 = random.normal(*batch.image.shape[1:]), None
+    def student_image(self, batch: Crops, known: dict, random: SampleRandom, last: int) -> torch.Tensor:
+        """From its own samples up to a step."""
+        x_t = random.normal(*batch.image.shape[1:])
         times = batch.image.new_tensor(STUDENT_TIMES)[:, None].expand(-1, len(x_t))
         with torch.no_grad():
             for now, following in itertools.pairwise(times[: last + 1]):
                 x0 = clean(x_t, self.network(x_t, 1000 * now, **known).sample, now)
                 x_t = noised(x0, random.normal(*x0.shape[1:]), following)
-        return clean(x_t, self.network(x_t, 1000 * times[last], **known).sample, times[last]), x0
+        return clean(x_t, self.network(x_t, 1000 * times[last], **known).sample, times[last])
 
 
 def twice(features: LatentFeatures) -> LatentFeatures:
