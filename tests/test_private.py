@@ -12,11 +12,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from conftest import tiny_model, tiny_pipeline
+from pixeldecoder.models.layers import ONEDNN, Linear
 
 SOURCE = Path(__file__).parents[1] / "src/pixeldecoder"
 LISTED = {
     "torch._foreach_norm", "torch._foreach_mul_", "torch.cpu._is_avx512_bf16_supported",
-    "torch.cpu._is_amx_tile_supported", "torch.ops.mkldnn._linear_pointwise", "torch._inductor", "torch._dynamo",
+    "torch.cpu._is_amx_tile_supported", "torch.ops.mkldnn._linear_pointwise",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported", "torch._inductor", "torch._dynamo",
     "torch.utils._pytree", "torch.utils._python_dispatch", "torch.__version__",
     "diffusers.models.attention_dispatch._check_attention_backend_requirements",
     "diffusers.hooks.group_offloading._is_group_offload_enabled",
@@ -54,6 +56,15 @@ def test_linear_of_onednn():
     with torch.no_grad():
         made = torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
     assert torch.allclose(made, linear(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_in_what_a_cpu_has_no_instructions_for(dtype):
+    """oneDNN refuses those, which PyTorch computes all the same."""
+    assert (torch.bfloat16 in ONEDNN) == (bool(ONEDNN) and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    x, linear = torch.randn(5, 8, dtype=dtype), Linear(8, 3).to(dtype)
+    with torch.no_grad():
+        assert torch.allclose(linear(x).float(), linear.float()(x.float()), atol=0.05)
 
 
 def test_errors_of_compilation():

@@ -17,7 +17,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-6
-ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN: tuple[torch.dtype, ...] = (torch.float32,) if torch.backends.mkldnn.is_available() else ()
+"""What oneDNN multiplies on this machine."""
+if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # on x86 where there is AVX-512
+    ONEDNN = (*ONEDNN, torch.bfloat16)
 Rotary = torch.Tensor
 """Cosines and sines (1, L, head width / 2, 2) of the angles by which pairs of channels are turned, float32."""
 
@@ -49,10 +52,9 @@ class Linear(nn.Linear):
         """(..., in) -> (..., out), after its GELU, if asked for."""
         weight = self.weight
         if (
-            ONEDNN
-            and x.device.type == "cpu"
+            x.device.type == "cpu"
             and x.dtype == weight.dtype
-            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.dtype in ONEDNN
             and type(weight) is nn.Parameter  # and not quantised
             and overwrites(x)
         ):
