@@ -5,7 +5,7 @@
     python recipes/nano.py cascade --data TRAIN --minutes 24
     python recipes/nano.py photo --data TRAIN --minutes 28
     python recipes/nano.py teacher --data TRAIN --minutes 5
-    python recipes/nano.py student --data TRAIN --minutes 21
+    python recipes/nano.py student --data TRAIN --minutes 33 --terms.vsd 0
     python recipes/nano.py bundle --data EVAL
 
 each with `--weights FOLDER`, where the networks that it learns from lie under their own names. Each writes its part
@@ -505,7 +505,10 @@ class Judges:
         other = rng.choice([self.squeezenet, self.efficientnet, self.efficientnet])
         pair = [F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True) for x in moved(image, truth, rng)]
         again = [self.features(other, x) for x in pair]
-        distances = [self.squeezenet.between(a, alike(b, a)).mean() for a, b in (seen, again)]
+        distances = [
+            self.squeezenet.between(made, [repeated(y, x) for y, x in zip(real, made, strict=True)]).mean()
+            for made, real in (seen, again)
+        ]
         return sum(distances) / 2, seen, whole[1]
 
     def features(self, network: SqueezeNetDistance | EfficientNetLite, image: torch.Tensor) -> list[torch.Tensor]:
@@ -513,9 +516,9 @@ class Judges:
             return [x.float() for x in network.features(image)]
 
 
-def alike(truth: list[torch.Tensor], image: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Repeated, for images of which there are several of each."""
-    return [y.repeat(len(x) // len(y), 1, 1, 1) for y, x in zip(truth, image, strict=True)]
+def repeated(truth: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """For images of which there are several of each."""
+    return truth.repeat(len(images) // len(truth), 1, 1, 1)
 
 
 def moved(image: torch.Tensor, truth: torch.Tensor, rng: Random) -> list[torch.Tensor]:
@@ -609,7 +612,7 @@ class JudgedStage(DecoderStage):
     def judged(self, image: torch.Tensor, batch: Crops, random: SampleRandom, rng: Random, progress: float) -> Terms:
         weights = self.config.terms
         distance, (made, real), truth = self.judges(image, batch.image, rng)
-        error = image - alike([batch.image], [image])[0]
+        error = image - repeated(batch.image, image)
         terms = {
             "pixel": 2 * weights.pixel * error.abs().mean(),
             "colour": 4 * weights.pixel * means(error).abs().mean(),
