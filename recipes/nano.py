@@ -8,9 +8,10 @@
     python recipes/nano.py student --data TRAIN --minutes 33 --terms.vsd 0
     python recipes/nano.py bundle --data EVAL
 
-each with `--weights FOLDER`, where the networks that it learns from lie under their own names. Each writes its part
-under `--out`, and goes on from its last checkpoint when it is called again, so that `--piece 9` cuts a stage into calls
-of nine minutes. `baseline` writes the autoencoder as a folder to evaluate against. What came of it, what was tried, and
+each with `--weights FOLDER`, where the networks that it learns from lie under their own names; for another latent space
+than FLUX.1's, with `--latent-space flux2`, `sd3` or `sdxl`, and an `--out` of its own. Each writes its part under
+`--out`, and goes on from its last checkpoint when it is called again, so that `--piece 9` cuts a stage into calls of
+nine minutes. `baseline` writes the autoencoder as a folder to evaluate against. What came of it, what was tried, and
 the minutes meant for a GPU are told in docs/nano.md.
 """
 
@@ -35,13 +36,14 @@ from diffusers import AutoencoderTiny, FlowMatchLCMScheduler
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from teachers import EfficientNetLite, RealESRGAN
+from safetensors.torch import save_file
+from teachers import EfficientNetLite, RealESRGAN, tiny_autoencoder
 from torch import nn
 from tqdm import tqdm
 
-from pixeldecoder.autoencoders import load_image_encoder
+from pixeldecoder.autoencoders import encode, load_autoencoder
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
+from pixeldecoder.evaluation.pixels import lab
 from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
 from pixeldecoder.models.adapter import LatentFeatures
@@ -68,8 +70,17 @@ NANO = dict(
     adapter_padding_mode="replicate", injection_interval=1, per_channel_gate=False, inject_pixels=True,
     base_dim=64, prediction_type="sample", rope_reference_size=512,
 )  # fmt: skip
+SPACES: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux": ("taef1", {}),
+    "sd3": ("taesd3", {}),
+    "sdxl": ("taesdxl", dict(latent_channels=4)),
+    "flux2": ("taef2", dict(latent_channels=128, latent_downscale_factor=16, unpack_latents=True)),
+}
+"""Each latent space's small autoencoder, and in what its decoder differs."""
+SMALLER = dict(num_layers=2, num_attention_heads=2, adapter_dim=64)
+"""What the decoders of all spaces but FLUX.1's have, for 12 MB in bfloat16, with their encoder."""
 CASCADE = 16
-"""Side in latent cells of the crops whose picture by TAEF1 and Real-ESRGAN is kept."""
+"""Side in latent cells of the crops whose picture by the autoencoder and Real-ESRGAN is kept."""
 CELL = 32
 """Pixels of a photo to a latent cell."""
 VARIED = {6: (0.35, 16 / 9), 8: (0.4, 1), 12: (0.2, 4 / 9), 16: (0.05, 1 / 4)}
@@ -98,8 +109,10 @@ class Config:
     data: Path = Path()
     """Folder of photos: to train on, or, to bundle, those of EVAL."""
     weights: Path
-    """Folder of taef1_encoder, taef1_decoder (madebyollin/taef1, MIT), realesrgan_x4plus (BSD-3), squeezenet1_0 and
-    efficientnet_lite0, all .safetensors."""
+    """Folder of the latent space's taef1_encoder, taef1_decoder or taesd3_, taesdxl_, taef2_ (madebyollin, MIT),
+    realesrgan_x4plus (BSD-3), squeezenet1_0 and efficientnet_lite0, all .safetensors."""
+    latent_space: Literal["flux", "sd3", "sdxl", "flux2"] = "flux"
+    """Whose latents it learns to decode."""
     minutes: float = 60.0
     """Of training, over all calls; the learning rates fall to nothing over them. On a CPU those that it computes."""
     piece: float = math.inf
@@ -122,13 +135,8 @@ class Nano(Conditioned):
     """A stage's run. Most of the latents are clean: what noise costs there, they would pay."""
 
     noise_probability: float = 0.3
-    optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(
-            learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, decay=0.95, max_grad_norm=1.0
-        )
-    )
     own_encoder: str = ""
-    """That of the first stage, beside TAEF1's."""
+    """That of the first stage, beside the small autoencoder's."""
     cascade: str = ""
     """What of that stage is mixed into the teacher's base."""
     teacher: str = ""
@@ -144,17 +152,23 @@ def configure(config: Config) -> Nano:
             raise ValueError(f"{config.stage}: no {config.out / stage}: run the {stage}'s stage first")
         return str(config.out / stage)
 
+    def rate(learning_rate: float) -> Optimizer:
+        return Optimizer(
+            learning_rate=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, decay=0.95,
+            max_grad_norm=1.0,
+        )  # fmt: skip
+
     stage, cpu = config.stage, config.device == "cpu" or not torch.cuda.is_available()
     starts = {"cascade": "base", "photo": "cascade", "teacher": "photo", "student": "teacher"}
     crops = config.batch_size or (8 if cpu else 32)
     return Nano(
         data=Data(source=str(config.data), resolution=config.resolution),
-        encoder=str(config.out / "taef1"),
+        encoder="nano" if stage == "encoder" else made_by("encoder"),  # of pictures to validate on
         own_encoder="" if stage in ("encoder", "base") else made_by("encoder"),
         model=made_by(starts[stage]) if stage in starts else "",
         cascade=made_by("cascade") if stage == "teacher" else "",
         teacher=made_by("teacher") if stage == "student" else "",
-        latent_space="flux",
+        latent_space=config.latent_space,
         output=config.out / f"{stage}_training",
         export=config.out / stage,
         minutes=config.minutes,
@@ -175,18 +189,17 @@ def configure(config: Config) -> Nano:
         weights=config.weights,
         crops=config.crops,
         terms=config.terms,
+        optimizer=rate(3e-4 if stage == "photo" else 1e-3),
     )
 
 
-def load_taef1(path: Path) -> AutoencoderTiny:
-    """The published files' keys are not diffusers': no `encoder.layers.`, and the decoder has a clamp more."""
-    taef1 = AutoencoderTiny(latent_channels=16)
-    state = {f"encoder.layers.{key}": tensor for key, tensor in load_file(path).items()}
-    for key, tensor in load_file(path.with_name("taef1_decoder.safetensors")).items():
-        index, rest = key.split(".", 1)
-        state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor
-    taef1.load_state_dict({key: tensor.float() for key, tensor in state.items()})
-    return taef1.eval().requires_grad_(False)
+def architecture(latent_space: str) -> dict[str, Any]:
+    return NANO | SPACES[latent_space][1] | ({} if latent_space == "flux" else SMALLER)
+
+
+def autoencoder(config: Nano) -> AutoencoderTiny:
+    """The small one of the latent space, whose latents are (B, C, H/8, W/8), FLUX.2's before they are packed."""
+    return tiny_autoencoder(config.weights, SPACES[config.latent_space][0])
 
 
 @dataclass
@@ -194,21 +207,21 @@ class Crops(Batch):
     """Parts of photos, and of the latents of the whole ones: these have seen what lies around."""
 
     latents: list[torch.Tensor]
-    """Of each encoder, (B, 16, H/32, W/32)."""
+    """Of each encoder, (B, C, H/32, W/32); FLUX.2's before they are packed."""
     inside: torch.Tensor
     """(B, 1, H/32, W/32): 0 in outermost cells whose latents depend on what was cut away, else 1."""
     cascade: torch.Tensor | None = None
-    """What TAEF1 and Real-ESRGAN make of the latents, (B, 3, H, W) in [-1, 1], in the stage that learns it."""
+    """What the autoencoder and Real-ESRGAN make of the latents, (B, 3, H, W) in [-1, 1], where that is learnt."""
 
 
 class Photos:
     """All photos in memory, plain and mirrored, with what is computed of each once and kept in files.
 
     Args:
-        encoders: folders. Latents are kept in them, so that a new encoder, which replaces its folder, makes them anew.
+        encoders: by the files that keep the latents: a new encoder, which replaces its folder, makes them anew.
     """
 
-    def __init__(self, source: Folder, encoders: list[str], device: torch.device):
+    def __init__(self, source: Folder, encoders: dict[Path, nn.Module], device: torch.device):
         self.names, self.images = [], []
         for record in source.items:
             try:
@@ -223,9 +236,9 @@ class Photos:
         if not self.images:
             raise ValueError(f"{source.folder}: no picture can be decoded")
         self.latents = []
-        for folder in encoders:
-            encode = load_image_encoder(folder, device)
-            self.latents.append(self.keep(Path(folder) / "latents.pt", lambda image, of=encode: of(shrink(image, 4))))
+        for path, encoder in encoders.items():
+            encoder.eval().requires_grad_(False).to(device)
+            self.latents.append(self.keep(path, lambda image, by=encoder: encode(by, shrink(image, 4))))
 
     def keep(self, path: Path, make: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         """`make` of every picture (1, 3, H, W) in [-1, 1], in float16; from the file, if it is of the same pictures."""
@@ -319,7 +332,12 @@ class NanoStage:
         if not isinstance(source, Folder):
             raise ValueError(f"data {config.data.source}: expected a folder of photos")
         source.require([(config.data.resolution,) * 2], CELL)
-        photos = Photos(source, [config.encoder, *filter(None, [config.own_encoder])], self.accelerator.device)
+        kept = config.output.parent / f"latents_{SPACES[config.latent_space][0]}.pt"
+        encoders: dict[Path, nn.Module] = {kept: autoencoder(config)}
+        if config.own_encoder:
+            own = load_autoencoder(config.own_encoder)
+            encoders[Path(config.own_encoder) / "latents.pt"] = own.encoder  # before it packs them
+        photos = Photos(source, encoders, self.accelerator.device)
         largest = max(min(latents.shape[1:]) for latents in photos.latents[0])
         sizes = {cells: size for cells, size in self.crops.items() if cells <= largest}
         shares = [share for share, _ in sizes.values()]
@@ -378,8 +396,8 @@ class Units(nn.Module):
 
 
 class ImitatorStage(NanoStage):
-    """A network of TAESD's form learns from random numbers what TAEF1 does: at first each of its units, from what
-    TAEF1's is given there, so that none waits for the ones before it; then all together.
+    """A network of TAESD's form learns from random numbers what the small autoencoder does: at first each of its units,
+    from what that one's is given there, so that none waits for the ones before it; then all together.
 
     What comes at the end counts as much as all features."""
 
@@ -412,15 +430,15 @@ class ImitatorStage(NanoStage):
 
 
 class EncoderStage(ImitatorStage):
-    """TAEF1's latents, of photos shrunk 4x."""
+    """The small autoencoder's latents, of photos shrunk 4x."""
 
     crops: ClassVar = {8: (0.5, 2), 16: (0.5, 1)}
 
     def __init__(self, config: Nano, accelerator: Accelerator):
-        model = TinyLatentEncoder()
+        taught, packed = autoencoder(config), config.latent_space == "flux2"
+        model = TinyLatentEncoder(latent_channels=taught.config.latent_channels, packed=packed)
         super().__init__(config, accelerator, model, 0.015, Units(model, lambda sigma: units(model.encoder.layers)))
-        taef1 = AutoencoderTiny.from_pretrained(config.encoder).encoder.requires_grad_(False)
-        self.taught = units(taef1.to(accelerator.device, memory_format=torch.channels_last).layers)
+        self.taught = units(taught.encoder.to(accelerator.device, memory_format=torch.channels_last).layers)
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         image = shrink(batch.image, 4).add(1).div(2)
@@ -431,22 +449,30 @@ class EncoderStage(ImitatorStage):
 
 
 class DecoderStage(NanoStage):
-    """What the stages of the decoder share: half of the latents are TAEF1's, half the own encoder's; noisy as eq. 6."""
+    """What the stages of the decoder share: half of the latents are the small autoencoder's, half the own encoder's;
+    noisy as eq. 6 or 7."""
 
     def __init__(self, config: Nano, accelerator: Accelerator, model: PixelDecoderTransformer2DModel, *args):
         super().__init__(config, accelerator, model, *args)
         self.conditions = Conditions(config, model, accelerator.device)
 
     def pipeline(self, model: PixelDecoderTransformer2DModel) -> PixelDecoderPipeline:
-        size = CELL * max(VARIED)
-        return PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), latent_space="flux", trained_size=size)
+        space, size = self.config.latent_space, CELL * max(VARIED)
+        return PixelDecoderPipeline(model, FlowMatchLCMScheduler(shift=1.0), latent_space=space, trained_size=size)
 
     def inputs(self, batch: Crops, random: SampleRandom) -> dict[str, torch.Tensor]:
         latents = batch.latents[0]
         if len(batch.latents) > 1:
             latents = torch.where(random.uniform(1, 1, 1) < 0.5, *batch.latents)
         sigma = self.config.max_sigma * random.uniform() * (random.uniform() < self.config.noise_probability)
-        return dict(latents=add_noise(latents, random.normal(*latents.shape[1:]), sigma), sigma=sigma)
+        noisy = add_noise(latents, random.normal(*latents.shape[1:]), sigma, self.config.frame)
+        return dict(latents=noisy, sigma=sigma)
+
+    def packed(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As the network takes them, of which the base alone is given FLUX.2's latents unpacked."""
+        if not self.model.config.unpack_latents:
+            return inputs
+        return inputs | dict(latents=F.pixel_unshuffle(inputs["latents"], 2))
 
 
 def trunk(base: LatentDecoder, sigma: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor]]:
@@ -467,10 +493,10 @@ class BaseStage(ImitatorStage, DecoderStage):
     # In small ones every pixel knows the border; what is far from it must be met as well.
 
     def __init__(self, config: Nano, accelerator: Accelerator):
-        model = PixelDecoderTransformer2DModel(**NANO)
+        model = PixelDecoderTransformer2DModel(**architecture(config.latent_space))
         super().__init__(config, accelerator, model, 0.015, Units(model.base, partial(trunk, model.base)))
-        taef1 = AutoencoderTiny.from_pretrained(config.encoder).decoder.requires_grad_(False)
-        first, *others = units(taef1.to(accelerator.device, memory_format=torch.channels_last).layers)
+        taught = autoencoder(config).decoder.to(accelerator.device, memory_format=torch.channels_last)
+        first, *others = units(taught.layers)
         self.taught = [lambda x: first(torch.tanh(x / 3) * 3), *others]
 
     def losses(self, batch: Crops, progress: float) -> Terms:
@@ -478,7 +504,7 @@ class BaseStage(ImitatorStage, DecoderStage):
         if progress < self.alone:
             return {"units": self.imitation(latents, torch.zeros(len(latents), device=latents.device), alone=True)}
         sigma = self.config.max_sigma * random.uniform() * (random.uniform() < 0.4 * progress)
-        noisy = add_noise(latents, random.normal(*latents.shape[1:]), sigma)
+        noisy = add_noise(latents, random.normal(*latents.shape[1:]), sigma, self.config.frame)
         return {"features": self.imitation(latents, sigma, noisy, (1 - sigma)[:, None, None, None])}
 
 
@@ -544,13 +570,13 @@ class CascadeStage(DecoderStage):
 
     def draw(self, photos: Photos, cells: int, samples: list[int], rng: Random, position: int) -> Crops:
         if self.kept is None:
-            taef1 = AutoencoderTiny.from_pretrained(self.config.encoder).to(self.accelerator.device).eval()
+            small = autoencoder(self.config).to(self.accelerator.device)
             upscaler = RealESRGAN(self.config.weights / "realesrgan_x4plus.safetensors", self.accelerator.device)
 
             def make(latents: torch.Tensor) -> torch.Tensor:
                 with torch.no_grad(), autocast(latents.device, self.network.autocast):
-                    small = taef1.decode(latents.to(self.accelerator.device)).sample
-                    return upscaler(small.contiguous(memory_format=torch.channels_last)).float()
+                    image = small.decode(latents.to(self.accelerator.device)).sample
+                    return upscaler(image.contiguous(memory_format=torch.channels_last)).float()
 
             path = self.config.output.parent / "cascade.pt"
             self.kept = photos.cascade(path, self.config.crops, self.config.seed, make)
@@ -578,6 +604,25 @@ class CascadeStage(DecoderStage):
 def means(image: torch.Tensor) -> torch.Tensor:
     """Of latent cells, smoothly."""
     return F.interpolate(F.avg_pool2d(image, CELL), scale_factor=CELL, mode="bilinear")
+
+
+def colour_error(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Mean distance of the means of 16 x 16 pixels in L*a*b*, where strong colours count less, about as CIEDE2000 has
+    it, whose own slope has no bounds."""
+    one, other = (lab(F.avg_pool2d(x, 16)) for x in (image, truth))
+    chroma = other[:, 1:].norm(dim=1, keepdim=True)
+    scale = torch.cat([torch.ones_like(chroma), *[1 + 0.03 * chroma] * 2], dim=1)
+    return (((one - other) / scale).square().sum(dim=1) + 1e-2).sqrt().mean()
+
+
+def phases(image: torch.Tensor) -> torch.Tensor:
+    """Differences of neighbouring columns, and of rows, by their place modulo 16 to the mean of all, (2, 16): what an
+    upsampling repeats stands out."""
+    found = []
+    for gradient in image.diff(dim=-1).abs().mean(dim=(0, 1, 2)), image.diff(dim=-2).abs().mean(dim=(0, 1, 3)):
+        places = torch.stack([gradient[place::16].mean() for place in range(16)])
+        found.append(places / places.mean())
+    return torch.stack(found)
 
 
 class Discriminator(nn.Module):
@@ -615,7 +660,8 @@ class JudgedStage(DecoderStage):
         error = image - repeated(batch.image, image)
         terms = {
             "pixel": 2 * weights.pixel * error.abs().mean(),
-            "colour": 4 * weights.pixel * means(error).abs().mean(),
+            "colour": 0.04 * weights.pixel * colour_error(image, repeated(batch.image, image)),
+            "grid": 2 * weights.pixel * (phases(image) - phases(batch.image)).abs().mean(),
             "perceptual": 2 * weights.perceptual * distance,
         }
         if len(image) > len(batch.image):
@@ -645,7 +691,7 @@ class PhotoStage(JudgedStage):
 
     def __init__(self, config: Nano, accelerator: Accelerator):
         model = build_network(config)
-        super().__init__(config, accelerator, model, 0.003, model.base)
+        super().__init__(config, accelerator, model, 0.0015, model.base)
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
@@ -687,7 +733,7 @@ class TeacherStage(DecoderStage):
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, image = self.random(batch), batch.image
-        inputs = self.inputs(batch, random)
+        inputs = self.packed(self.inputs(batch, random))
         # Half the times as for the 1024 px pictures that crops stand for, half the sampler's.
         steps = image.new_tensor(STUDENT_TIMES[:-1])[(4 * random.uniform()).long()]
         t = torch.where(random.uniform() < 0.5, steps, training_times(random, 1024, 1024)).clamp_min(0.02)
@@ -720,7 +766,7 @@ class StudentStage(JudgedStage):
 
     def losses(self, batch: Crops, progress: float) -> Terms:
         random, rng = self.random(batch), Random(f"{self.config.seed}/{batch.position}")
-        one, (height, width) = self.inputs(batch, random), batch.image.shape[2:]
+        one, (height, width) = self.packed(self.inputs(batch, random)), batch.image.shape[2:]
         with autocast(batch.image.device, self.network.autocast):
             features = self.network.module.encode_latents(**one, height=height, width=width)
         inputs = {name: torch.cat([x, x]) for name, x in one.items()}
@@ -758,7 +804,8 @@ def twice(features: LatentFeatures) -> LatentFeatures:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the convolutions and the matrices of attention and MLPs, AdamW for the rest.
+    """Muon for the convolutions and the matrices of attention and MLPs, AdamW for the rest, and for what makes the
+    base's images: a step of Muon's size there is a change of colour that can be seen.
 
     In the minutes that a CPU has, Muon makes the difference: after three of them on one core the encoder and the
     adapter are where AdamW alone takes them in forty. It is written out here because PyTorch's orthogonalizes in
@@ -767,7 +814,8 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, module: nn.Module, settings: Optimizer, muon_rate: float):
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in named if p.ndim == 4 or (p.ndim == 2 and re.search(r"\.(attn|mlp)\.", name))]
+        inner = [(name, p) for name, p in named if not re.search(r"(^|\.)to_(small|image)\.", name)]
+        matrices = [p for name, p in inner if p.ndim == 4 or (p.ndim == 2 and re.search(r"\.(attn|mlp)\.", name))]
         others = [p for _, p in named if not any(p is matrix for matrix in matrices)]
         groups = [{"params": others}, {"params": matrices, "lr": muon_rate}]
         super().__init__(groups, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay)
@@ -810,19 +858,21 @@ SAMPLES = {
 
 
 def bundle(config: Config) -> None:
-    """The pipeline's folder as it ships, with a few photos that may be passed on, their latents for the demo, and what
-    TAEF1's decoder makes of these."""
+    """The pipeline's folder as it ships: FLUX.1's into the package, with a few photos that may be passed on, their
+    latents for the demo, and what TAEF1's decoder makes of these; another space's to `--out`."""
     encoder = TinyLatentEncoder.from_pretrained(config.out / "encoder", torch_dtype=torch.bfloat16).eval()
     pipeline = PixelDecoderPipeline.from_pretrained(config.out / "student", encoder=encoder, torch_dtype=torch.bfloat16)
     pipeline.register_to_config(encoder_name=None)
+    bundled = NANO_FOLDER if config.latent_space == "flux" else config.out / "nano"
     for part in ("transformer", "encoder", "samples"):
-        shutil.rmtree(NANO_FOLDER / part, ignore_errors=True)
-    pipeline.save_pretrained(NANO_FOLDER, max_shard_size="14MB")
-    for path in NANO_FOLDER.rglob("*.json"):  # diffusers writes down where a part came from
+        shutil.rmtree(bundled / part, ignore_errors=True)
+    pipeline.save_pretrained(bundled, max_shard_size="14MB")
+    for path in bundled.rglob("*.json"):  # diffusers writes down where a part came from
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
-    pipeline = PixelDecoderPipeline.from_pretrained("nano")
-    taef1 = AutoencoderTiny.from_pretrained(config.out / "taef1")
+    if config.latent_space != "flux":
+        return
+    pipeline, taef1 = PixelDecoderPipeline.from_pretrained("nano"), tiny_autoencoder(config.weights, "taef1")
     folder = NANO_FOLDER / "samples"
     folder.mkdir()
     for name, (file, box) in SAMPLES.items():
@@ -843,20 +893,22 @@ STAGES = {
     "teacher": TeacherStage,
     "student": StudentStage,
 }
-NETWORKS = ("taef1_encoder", "taef1_decoder", "realesrgan_x4plus", "squeezenet1_0", "efficientnet_lite0")
+NETWORKS = ("realesrgan_x4plus", "squeezenet1_0", "efficientnet_lite0")
 
 
 def main(config: Config) -> None:
-    for path in (config.weights / f"{name}.safetensors" for name in NETWORKS):
+    tiny = SPACES[config.latent_space][0]
+    for path in (config.weights / f"{name}.safetensors" for name in (f"{tiny}_encoder", f"{tiny}_decoder", *NETWORKS)):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-    if not (config.out / "taef1").exists():
-        taef1 = load_taef1(config.weights / "taef1_encoder.safetensors")
-        write_folder(config.out / "taef1", taef1.save_pretrained)
     if config.stage == "bundle":
         bundle(config)
     elif config.stage != "baseline":
         train(configure(config), STAGES[config.stage])
+    elif config.latent_space == "flux2":
+        raise ValueError("baseline: taef2 has layers that diffusers' AutoencoderTiny lacks: there is no folder of it")
+    elif not (config.out / tiny).exists():
+        write_folder(config.out / tiny, tiny_autoencoder(config.weights, tiny).save_pretrained)
 
 
 if __name__ == "__main__":

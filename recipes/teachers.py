@@ -8,7 +8,39 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from safetensors.torch import load_file
+from torch import nn
+
+
+class PooledBlock(AutoencoderTinyBlock):
+    """TAEF2's, of its coarsest stage: what it adds first has seen the whole image."""
+
+    def __init__(self, dim: int = 64, inner: int = 256):
+        super().__init__(dim, dim, "relu")
+        wider, back = nn.Conv2d(dim, inner, 1, bias=False), nn.Conv2d(inner, dim, 1, bias=False)
+        self.pool = nn.Sequential(wider, nn.GroupNorm(4, inner), nn.ReLU(), back)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.pool(x))
+
+
+def tiny_autoencoder(folder: Path, name: str) -> AutoencoderTiny:
+    """madebyollin's taef1, taesd3, taesdxl or taef2 (MIT), frozen, from its two published files, whose keys are not
+    diffusers': no `encoder.layers.`, and the decoder has a clamp more."""
+    state = {f"encoder.layers.{k}": v.float() for k, v in load_file(folder / f"{name}_encoder.safetensors").items()}
+    for key, tensor in load_file(folder / f"{name}_decoder.safetensors").items():
+        index, rest = key.split(".", 1)
+        state[f"decoder.layers.{int(index) - 1}.{rest}"] = tensor.float()
+    model = AutoencoderTiny(latent_channels=len(state["encoder.layers.14.bias"]))
+    for part in model.encoder.layers, model.decoder.layers:
+        side = "encoder" if part is model.encoder.layers else "decoder"
+        for index in range(len(part)):
+            if f"{side}.layers.{index}.pool.0.weight" in state:
+                part[index] = PooledBlock()
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
 class RealESRGAN:

@@ -54,6 +54,7 @@ def nano(monkeypatch):
     module = load("nano", monkeypatch)
     small = dict(num_layers=2, num_attention_heads=1, adapter_dim=16, num_adapter_layers=1, pixel_dim=4)
     monkeypatch.setattr(module, "NANO", module.NANO | small)
+    monkeypatch.setattr(module, "SMALLER", {})
     monkeypatch.setattr(module.NanoStage, "crops", {4: (1, 1.0)})  # of which some cells are inside
     for stage in (module.BaseStage, module.CascadeStage, module.TeacherStage):
         monkeypatch.setattr(stage, "crops", {2: (1, 1.0)})
@@ -74,12 +75,11 @@ def run(nano, taef1, photos, tmp_path):
     """Trains a stage for some steps; returns the folder of the last checkpoint."""
     weights = published(tmp_path / "weights", taef1)
 
-    def run(stage, steps, out="out", **kwargs):
+    def run(stage, steps, out="out", space="flux", **kwargs):
         config = nano.Config(
             stage=stage, data=photos, weights=weights, out=tmp_path / out, resolution=64, batch_size=2, crops=3,
-            device="cpu",
+            device="cpu", latent_space=space,
         )  # fmt: skip
-        nano.main(replace(config, stage="baseline"))
         config = replace(nano.configure(config), precision="float32", steps=steps, log_every=1)
         return nano.train(replace(config, **kwargs), nano.STAGES[stage])
 
@@ -89,16 +89,20 @@ def run(nano, taef1, photos, tmp_path):
 def published(folder: Path, taef1: AutoencoderTiny) -> Path:
     """The networks that nano learns from, small or with random weights, as they are published."""
     folder.mkdir()
-    state = taef1.state_dict()
-    encoder = {k.removeprefix("encoder.layers."): v for k, v in state.items() if k.startswith("encoder.")}
-    decoder = {k.removeprefix("decoder.layers."): v for k, v in state.items() if k.startswith("decoder.")}
-    decoder = {f"{int((parts := k.split('.', 1))[0]) + 1}.{parts[1]}": v for k, v in decoder.items()}
-    save_file(encoder, folder / "taef1_encoder.safetensors")
-    save_file(decoder, folder / "taef1_decoder.safetensors")
+    publish(folder, "taef1", taef1)
     save_file(SqueezeNet().state_dict(), folder / "squeezenet1_0.safetensors")
     save_file(real_esrgan(blocks=1), folder / "realesrgan_x4plus.safetensors")
     save_file(efficientnet(), folder / "efficientnet_lite0.safetensors")
     return folder
+
+
+def publish(folder: Path, name: str, autoencoder: AutoencoderTiny) -> None:
+    state = autoencoder.state_dict()
+    encoder = {k.removeprefix("encoder.layers."): v for k, v in state.items() if k.startswith("encoder.")}
+    decoder = {k.removeprefix("decoder.layers."): v for k, v in state.items() if k.startswith("decoder.")}
+    decoder = {f"{int((parts := k.split('.', 1))[0]) + 1}.{parts[1]}": v for k, v in decoder.items()}
+    save_file(encoder, folder / f"{name}_encoder.safetensors")
+    save_file(decoder, folder / f"{name}_decoder.safetensors")
 
 
 def real_esrgan(blocks: int) -> dict[str, torch.Tensor]:
@@ -132,8 +136,6 @@ def test_nano(run, nano, taef1, tmp_path):
     with pytest.raises(ValueError, match="run the encoder's stage first"):
         run("cascade", 1)
     run("encoder", 2)
-    loaded = AutoencoderTiny.from_pretrained(tmp_path / "out" / "taef1")
-    assert all(torch.equal(a, b) for a, b in zip(taef1.parameters(), loaded.parameters(), strict=True))
     assert nano.TinyLatentEncoder.from_pretrained(tmp_path / "out" / "encoder")
     assert {"units", "latents"} <= log(tmp_path / "out" / "encoder_training")
     with pytest.raises(ValueError, match="run the base's stage first"):
@@ -178,9 +180,13 @@ def test_nano(run, nano, taef1, tmp_path):
 
 def test_taef1_itself_imitates_taef1(nano, taef1, photos, tmp_path):
     """Unit by unit and whole; with another first convolution the first unit alone, or all that follow, do not."""
-    for folder in ("taef1", "encoder"):
-        taef1.save_pretrained(tmp_path / folder)
-    config = nano.Config(stage="base", data=photos, weights=tmp_path, out=tmp_path, device="cpu")
+    weights = published(tmp_path / "weights", taef1)
+    config = nano.Config(stage="baseline", data=photos, weights=weights, out=tmp_path, device="cpu")
+    nano.main(config)
+    loaded = AutoencoderTiny.from_pretrained(tmp_path / "taef1")
+    assert all(torch.equal(a, b) for a, b in zip(taef1.parameters(), loaded.parameters(), strict=True))
+    (tmp_path / "taef1").rename(tmp_path / "encoder")
+    config = replace(config, stage="base")
     config = replace(nano.configure(config), precision="float32")
     encoder, base = (stage(config, Accelerator(cpu=True)) for stage in (nano.EncoderStage, nano.BaseStage))
     encoder.model.encoder.load_state_dict(taef1.encoder.state_dict())
@@ -195,6 +201,42 @@ def test_taef1_itself_imitates_taef1(nano, taef1, photos, tmp_path):
         torch.nn.init.normal_(first.weight)
         whole, alone = stage.imitation(x, told), stage.imitation(x, told, alone=True)
         assert whole > alone > 1e-3
+
+
+@pytest.mark.parametrize(("space", "name", "channels"), [("sdxl", "taesdxl", 4), ("flux2", "taef2", 32)])
+def test_nano_of_other_latents(space, name, channels, run, nano, tmp_path):
+    """Every stage, and a pipeline that decodes the latents that its own encoder makes."""
+    teachers = sys.modules["teachers"]
+    autoencoder = AutoencoderTiny(latent_channels=channels)
+    if space == "flux2":
+        for layers, blocks in (autoencoder.encoder.layers, (11, 12, 13)), (autoencoder.decoder.layers, (2, 3, 4)):
+            for block in blocks:
+                layers[block] = teachers.PooledBlock()
+    publish(tmp_path / "weights", name, autoencoder)
+    loaded = teachers.tiny_autoencoder(tmp_path / "weights", name)
+    assert all(torch.equal(a, b) for a, b in zip(autoencoder.parameters(), loaded.parameters(), strict=True))
+    for stage in ("encoder", "base", "cascade", "photo", "teacher", "student"):
+        run(stage, 1, space=space)
+    config = nano.Config(stage="bundle", weights=tmp_path / "weights", out=tmp_path / "out", latent_space=space)
+    nano.main(config)
+    if space == "flux2":
+        with pytest.raises(ValueError, match="taef2 has layers"):
+            nano.main(replace(config, stage="baseline"))
+    pipeline = PixelDecoderPipeline.from_pretrained(tmp_path / "out" / "nano")
+    latents = pipeline.encode_image(torch.rand(1, 3, 32, 48) * 2 - 1)
+    cells = (4 * channels, 2, 3) if space == "flux2" else (channels, 4, 6)
+    assert latents.shape == (1, *cells) and pipeline.config.latent_space == space
+    image = pipeline(latents, output_type="pt").images
+    assert image.shape == (1, 3, 128, 192) and image.isfinite().all()
+
+
+def test_decoders_of_other_latents_are_small(monkeypatch):
+    module = load("nano", monkeypatch)
+    for space in module.SPACES:
+        with torch.device("meta"):
+            parts = PixelDecoderTransformer2DModel(**module.architecture(space)), module.TinyLatentEncoder()
+        megabytes = 2 * sum(p.numel() for part in parts for p in part.parameters()) / 1e6
+        assert megabytes < (36 if space == "flux" else 12), (space, megabytes)
 
 
 def log(folder: Path) -> set[str]:
@@ -239,23 +281,21 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def test_kept_latents_are_of_these_pictures(nano, photos, taef1, tmp_path):
     """They are made once; for other pictures again."""
-    taef1.save_pretrained(tmp_path / "taef1")
-    load = lambda: nano.Photos(nano.Folder(photos), [str(tmp_path / "taef1")], torch.device("cpu"))  # noqa: E731
+    load = lambda: nano.Photos(nano.Folder(photos), {tmp_path / "latents.pt": taef1}, torch.device("cpu"))  # noqa: E731
     first = load()
     image = nano.shrink(first.images[1][None].float() / 127.5 - 1, 4)  # mirrored
     torch.testing.assert_close(first.latents[0][1].float()[None], taef1.encode(image).latents, atol=2e-3, rtol=1e-3)
-    kept = (tmp_path / "taef1" / "latents.pt").stat().st_mtime_ns
+    kept = (tmp_path / "latents.pt").stat().st_mtime_ns
     load()
-    assert (tmp_path / "taef1" / "latents.pt").stat().st_mtime_ns == kept
+    assert (tmp_path / "latents.pt").stat().st_mtime_ns == kept
     (photos / "0.png").rename(photos / "9.png")
     assert torch.equal(load().latents[0][2], first.latents[0][0])
-    assert (tmp_path / "taef1" / "latents.pt").stat().st_mtime_ns != kept
+    assert (tmp_path / "latents.pt").stat().st_mtime_ns != kept
 
 
 def test_crops_are_cut_alike(nano, photos, taef1, tmp_path):
     """Latents belong to the picture's part, and cells beside a cut are told from those at the photo's edge."""
-    taef1.save_pretrained(tmp_path / "taef1")
-    all_photos = nano.Photos(nano.Folder(photos), [str(tmp_path / "taef1")], torch.device("cpu"))
+    all_photos = nano.Photos(nano.Folder(photos), {tmp_path / "latents.pt": taef1}, torch.device("cpu"))
     # Every cell by its own value, in picture and latents.
     for image, latents in zip(all_photos.images, all_photos.latents[0], strict=True):
         cells = torch.arange(latents[0].numel()).reshape(latents.shape[1:])
@@ -279,8 +319,7 @@ def test_crops_are_cut_alike(nano, photos, taef1, tmp_path):
 
 def test_cascade_s_pictures_are_kept(nano, photos, taef1, tmp_path):
     """Of the latents at their place; made once for the same photos, seed and number."""
-    taef1.save_pretrained(tmp_path / "taef1")
-    all_photos = nano.Photos(nano.Folder(photos), [str(tmp_path / "taef1")], torch.device("cpu"))
+    all_photos = nano.Photos(nano.Folder(photos), {tmp_path / "latents.pt": taef1}, torch.device("cpu"))
     seen = []
 
     def make(latents):
