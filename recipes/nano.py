@@ -152,12 +152,6 @@ def configure(config: Config) -> Nano:
             raise ValueError(f"{config.stage}: no {config.out / stage}: run the {stage}'s stage first")
         return str(config.out / stage)
 
-    def rate(learning_rate: float) -> Optimizer:
-        return Optimizer(
-            learning_rate=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, decay=0.95,
-            max_grad_norm=1.0,
-        )  # fmt: skip
-
     stage, cpu = config.stage, config.device == "cpu" or not torch.cuda.is_available()
     starts = {"cascade": "base", "photo": "cascade", "teacher": "photo", "student": "teacher"}
     crops = config.batch_size or (8 if cpu else 32)
@@ -189,8 +183,11 @@ def configure(config: Config) -> Nano:
         weights=config.weights,
         crops=config.crops,
         terms=config.terms,
-        optimizer=rate(3e-4 if stage == "photo" else 1e-3),
-    )
+        optimizer=Optimizer(
+            learning_rate=3e-4 if stage == "photo" else 1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50,
+            decay=0.95, max_grad_norm=1.0,
+        ),
+    )  # fmt: skip
 
 
 def architecture(latent_space: str) -> dict[str, Any]:

@@ -6,11 +6,13 @@ A server answers latents, pictures, and requests that are wrong or cut off; besi
 and by `bulk` (with --bulk), and a network trains, whose processes are killed and started again. Each answer is compared
 with the first of its kind, every finished folder with the first. Prints what was done, the faults, and the slope of
 the server's memory after its first fifth; fails if anything was lost, wrong, or not cleaned up, or if the memory rises.
-The clients rest for the seconds in which it is measured: under load it is that of the batch of the moment.
+Before, every size was asked for by one client and by all, since each makes kernels that are kept. The clients rest for
+the seconds in which memory is measured: under load it is that of the batch of the moment.
 """
 
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -60,7 +62,7 @@ class Load:
 
     def __init__(self, config: Soak, folder: Path):
         self.config, self.folder = config, folder
-        self.until = time.monotonic() + 60 * config.minutes
+        self.until = math.inf
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.first: dict[str, str] = {}
@@ -83,16 +85,33 @@ class Load:
 
     def client(self, url: str, number: int) -> None:
         rng = random.Random(self.config.seed + number)
-        ask = {"latents": self.latents, "picture": self.picture, "wrong": self.bad, "cut": self.cut}
+        ask = {
+            "latents": lambda: self.latents(url, rng.randrange(12)),
+            "picture": lambda: self.picture(url, rng.randrange(6)),
+            "wrong": lambda: self.bad(url, rng),
+            "cut": lambda: self.cut(url, rng),
+        }
         while self.running:
             kind = rng.choices([*ask], [6, 3, 2, 1])[0]
             self.rested.wait()
             try:
                 with self.asking:
-                    ask[kind](url, rng)
+                    ask[kind]()
             except (requests.RequestException, OSError) as error:
                 self.wrong.append(f"{kind}: {error!r}")
                 time.sleep(1)
+
+    def warm_up(self, url: str) -> None:
+        """Every size, alone and in batches of up to as many images as there are clients."""
+        kinds = [(self.latents, seed) for seed in range(len(SIDES))] + [(self.picture, 0)]
+        for ask, seed in kinds:
+            for together in (1, *[self.config.clients + 1] * 3):  # the first of which is begun alone
+                works = [threading.Thread(target=ask, args=(url, seed)) for _ in range(together)]
+                for work in works:
+                    work.start()
+                for work in works:
+                    work.join()
+        self.done.clear()
 
     def measure(self, server: psutil.Process, begun: float) -> None:
         """The server's memory at rest: it gives back what it has freed when there is nothing to do."""
@@ -112,15 +131,13 @@ class Load:
             self.done["429"] += 1
             time.sleep(0.5)
 
-    def latents(self, url: str, rng: random.Random) -> None:
-        seed = rng.randrange(12)
+    def latents(self, url: str, seed: int) -> None:
         side = SIDES[seed % len(SIDES)]
         z = torch.randn(16, side, side, generator=torch.Generator().manual_seed(seed))
         answer = self.post(url, files={"latents": ("z.safetensors", save({"latents": z}))}, data={"seed": seed})
         self.expect(f"latents {seed}", answer)
 
-    def picture(self, url: str, rng: random.Random) -> None:
-        seed = rng.randrange(6)
+    def picture(self, url: str, seed: int) -> None:
         small = np.random.RandomState(seed).randint(0, 256, (6, 6, 3), dtype=np.uint8)
         path = self.folder / f"{threading.get_ident()}.png"
         Image.fromarray(small).resize((48, 32), Image.Resampling.BICUBIC).save(path)
@@ -238,7 +255,9 @@ def main(config: Soak) -> None:
         try:
             url = server.stdout.readline().strip()
             load = Load(config, Path(folder))
+            load.warm_up(url)
             begun = time.monotonic()
+            load.until = begun + 60 * config.minutes
             targets = [(load.client, (url, number)) for number in range(config.clients)]
             threads = [threading.Thread(target=work, args=args) for work, args in targets]
             threads += [threading.Thread(target=load.folders), threading.Thread(target=load.training)]
@@ -261,7 +280,7 @@ def main(config: Soak) -> None:
     later, unsure_later = slope(load.memory[len(held) // 2 :])
     facts = {
         "minutes": round(load.memory[-1][0] / 60, 1), "done": dict(load.done), "wrong": load.wrong[:20],
-        "server_mb": held[:: max(1, len(held) // 20)], "slope_mb_per_hour": round(rise, 1),
+        "server_mb": held[:: max(1, len(held) // 40)], "slope_mb_per_hour": round(rise, 1),
         "its_standard_error": round(unsure, 1), "slope_of_the_second_half": round(later, 1),
         "standard_error_of_that": round(unsure_later, 1), "open_files": files,
         "healthz": health, "server_ended_with": server.returncode, "tracebacks": log.count("Traceback"),

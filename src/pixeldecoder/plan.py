@@ -1,6 +1,5 @@
 """A network, an image size and a memory budget in; how to run it, and what it will take, out."""
 
-import ctypes
 import logging
 import math
 import re
@@ -18,6 +17,7 @@ import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
+from pixeldecoder import heap
 from pixeldecoder.errors import out_of_memory
 from pixeldecoder.files import parse_size
 from pixeldecoder.models.base import HALO, LatentDecoder
@@ -352,8 +352,8 @@ def release_memory(device: torch.device) -> None:
     """Give what was freed back to the system: PyTorch keeps it on a GPU, and glibc in the gaps of its heaps."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif device.type == "cpu" and sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    elif device.type == "cpu":
+        heap.trim()
 
 
 def measured_peak(device: torch.device) -> int:

@@ -71,11 +71,13 @@ class Serve(TextEncoder, ExecutionOptions):
                 f"--host {self.host} --port {self.port}: cannot be listened at: {error.strerror}"
             ) from None
 
+        from pixeldecoder import heap
         from pixeldecoder.execution import load_diffusion_pipeline, torch_device, torch_dtype
         from pixeldecoder.serve.engine import Engine
         from pixeldecoder.serve.http import Server, create_app
         from pixeldecoder.serve.service import Settings
 
+        heap.one_heap()
         pipelines = {name: self.execution().load(name) for name in self.decoder}
         for pipeline in pipelines.values():
             if pipeline.text_encoder is None:

@@ -1,9 +1,7 @@
 """A configuration in, a trained decoder out: batches, updates, checkpoints."""
 
-import ctypes
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
 from pixeldecoder.files import sweep_once, write_whole
+from pixeldecoder.heap import keep_freed_memory
 from pixeldecoder.sources import Folder, Shards
 from pixeldecoder.training.checkpoints import Checkpoints, export, is_main
 from pixeldecoder.training.config import Prior, Run, Student, Teacher, check
@@ -146,16 +145,6 @@ def _train(
         export(config, stage, average)
         tell(f"exported to {config.export}")
     return last[0]
-
-
-def keep_freed_memory() -> None:
-    """Of this process, from now on: glibc returns large blocks to the system, which has to clear the next ones. A step
-    frees and takes the same again, and would spend a tenth of its time on that."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
 
 
 def seconds(device: torch.device) -> float:
