@@ -169,6 +169,16 @@ def test_bad_image_sizes(run, capsys, size, message):
     assert os.listdir() == ["in.png"]
 
 
+def test_images_beyond_the_memory_are_not_read(run, capsys, monkeypatch):
+    Image.new("1", (8000, 8000)).save("in.png")
+    monkeypatch.setattr("pixeldecoder.pictures.read", lambda path: pytest.fail("was read"))
+    less = ["--max-memory", "1GB"]
+    for code in run("upscale", "in.png", "a.png", *less), main(["encode", "in.png", "a.safetensors", *less]):
+        assert code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "but 1.00 GB may be used" in line]
+    assert len(said) == 2 and all(line.startswith("pixeldecoder: in.png: ") for line in said)
+
+
 def test_images_that_a_format_cannot_hold(run, capsys):
     """Told before hours of decoding."""
     Image.new("1", (4100, 16)).save("in.png")

@@ -157,6 +157,19 @@ class Code:
             lambda p, s: torch.save(s | {"final_layer.norm.weight": torch.zeros(9)}, p),
             r"norm_out.weight \(9,\) for \(8,\)",
         ),
+        (
+            lambda p, s: torch.save(s | {"s_embedder.proj.weight": torch.zeros(8, 1)}, p),
+            r"not a PiD checkpoint: tensor patch_embed.weight has shape \(8, 1\)",
+        ),
+        (
+            lambda p, s: torch.save(s | {"patch_blocks.0.attn.q_norm_x.weight": torch.zeros(0)}, p),
+            r"not a PiD checkpoint: tensor patch_blocks.0.attn.norm_q.weight has shape \(0,\)",
+        ),
+        (
+            lambda p, s: torch.save(s | {"y_pos_embedding": torch.zeros(8)}, p),
+            r"not a PiD checkpoint: tensor text_embed.positions has shape \(8,\)",
+        ),
+        (lambda p, s: torch.save({k: s[k] for k in s if "output_heads" not in k}, p), "its adapter has no heads"),
         (lambda p, s: torch.save({"unet.weight": torch.zeros(1)}, p), "not a PiD checkpoint"),
         (lambda p, s: torch.save([1, 2], p), "expected named tensors, got list"),
         (lambda p, s: p.write_bytes(b""), "truncated"),
@@ -166,8 +179,11 @@ class Code:
         (lambda p, s: p.write_text("<html>not found</html>"), "refused|not a readable"),
         (lambda p, s: None, "no such file"),
     ],
-    ids=["missing", "extra", "shape", "foreign", "list", "empty", "code", "nested code", "truncated", "html", "absent"],
-)
+    ids=[
+        "missing", "extra", "shape", "one column", "no values", "flat", "headless", "foreign", "list", "empty", "code",
+        "nested code", "truncated", "html", "absent",
+    ],
+)  # fmt: skip
 def test_bad_file(write, message, tmp_path):
     golden, path = Golden("v1_sdxl"), tmp_path / "model.pth"
     write(path, golden.state)

@@ -72,6 +72,23 @@ def test_every_part_and_setting_is_saved(gemma, tmp_path):
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"trained_size": "x"}, "trained_size is 'x': expected a whole number, at least 1"),
+        ({"trained_size": 0}, "trained_size is 0: expected a whole number"),
+        ({"default_num_inference_steps": 1.5}, "default_num_inference_steps is 1.5: expected a whole number"),
+        ({"latent_space": 5}, "latent_space is 5: expected a text"),
+    ],
+)
+def test_settings_that_cannot_be(setting, expected, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(ValueError, match=expected):
+        PixelDecoderPipeline.from_pretrained(tmp_path)
+
+
 def test_variants_and_parts_that_are_left_out(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path, variant="fp16")

@@ -116,6 +116,38 @@ def test_latents_with_their_sigma(tensors, sigma):
         assert files.inspect_latents(path) == (read.tensor.shape, None)
 
 
+def write_latents(path: str | Path) -> torch.Tensor:
+    latents, suffix = torch.ones(1, 2, 300, 400), Path(path).suffix
+    if suffix == ".npy":
+        np.save(path, latents.numpy())
+    else:
+        save_file({"latents": latents}, path) if suffix == ".safetensors" else torch.save(latents, path)
+    return latents
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "npy"])
+def test_latents_are_no_longer_their_file(suffix):
+    """Which may change, or end early, while they are decoded."""
+    path = Path(f"z.{suffix}")
+    latents = write_latents(path)
+    held = files.load_latents(path).tensor
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(held, latents)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "npy"])
+def test_names_that_are_not_utf8(suffix):
+    """Which Linux allows, and old archives hold."""
+    latents, path = write_latents(f"z.{suffix}"), Path(os.fsdecode(b"\xff") + f".{suffix}")
+    try:
+        os.rename(f"z.{suffix}", path)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert files.inspect_latents(path) == (latents.shape, None)
+    assert torch.equal(files.load_latents(path).tensor, latents)
+
+
 def test_latents_that_are_no_plain_numbers():
     for tensors, message in (
         ({"latents": torch.ones(2, 3, 4), "sigma": "0.5"}, 'expected "sigma" to be a number, got 0.5'),
@@ -123,6 +155,7 @@ def test_latents_that_are_no_plain_numbers():
         ({1: torch.ones(2), "a": torch.ones(2)}, 'expected one tensor, or one called "latents"'),
         (torch.ones(2, 3, 4, dtype=torch.complex64), "expected plain real numbers, got torch.complex64"),
         (torch.ones(2, 3, 4).to_sparse(), "expected plain real numbers"),
+        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "expected plain real numbers, .* nested"),
     ):
         torch.save(tensors, "z.pt")
         with pytest.raises(ValueError, match=f"z.pt: {message}"):

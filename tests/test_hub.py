@@ -122,22 +122,29 @@ def test_no_command(source):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["{0..99999999999}.tar", "{1..9999999}.tar", "{0..9}" * 7 + ".tar", "{a,b}" * 30 + ".tar"]
-)
-def test_more_names_than_there_are_files(pattern, monkeypatch):
-    monkeypatch.setattr("pixeldecoder.files.MOST_NAMES", 1000)
-    with pytest.raises(ValueError, match="stands for more than 1000 files"):
+    "pattern",
+    [
+        "{0..99999999999}.tar", "{1..9999999}.tar", "{0..9}" * 7 + ".tar", "{a,b}" * 30 + ".tar",
+        "{0..%s}" % ("9" * 400), "{x," + "{a,b}" * 30 + "}.tar", "{x," + "{A..z}" * 8 + "}.tar",
+        r"{x\},y," + "{a,b}" * 30 + "}.tar",
+    ],
+)  # fmt: skip
+def test_more_names_than_there_are_files(pattern):
+    with pytest.raises(ValueError, match="stands for more than 1000000 files"):
         expand_braces(pattern)
 
 
 def test_names_in_braces():
     assert expand_braces("a-{08..10}.{tar,x}") == ["a-08.tar", "a-08.x", "a-09.tar", "a-09.x", "a-10.tar", "a-10.x"]
+    assert expand_braces(r"{b..a},{x,{y,z}}\,") == ["b,x,", "b,y,", "b,z,", "a,x,", "a,y,", "a,z,"]
 
 
 def test_braces_that_do_not_close():
     with pytest.raises(ValueError, match=r"a-\{0: Unbalanced braces") as caught:
         expand_braces("a-{0")
     assert type(caught.value) is ValueError
+    with pytest.raises(ValueError, match="recursion"):
+        expand_braces("{" * 1500 + "a,b" + "}" * 1500)
 
 
 def test_a_home_of_nobody():

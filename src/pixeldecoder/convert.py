@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pixeldecoder.errors import blaming, naming
-from pixeldecoder.files import read_json, read_tensors, write_whole
+from pixeldecoder.files import in_utf8, read_json, read_tensors, write_whole
 from pixeldecoder.models.folder import check_fit, listing
 from pixeldecoder.models.transformer import PixelDecoderTransformer2DModel
 from pixeldecoder.presets import PRESETS, Preset, find_preset
@@ -148,7 +148,7 @@ def convert_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict
     for name in [n for n in ours if _PIXEL_ADALN.match(n)]:
         block, leaf = name.split(".adaln.")
         rows = (
-            ours.pop(name).unflatten(0, (-1, 6, _shape(ours, f"{block}.norm1.weight")[0])).transpose(0, 1)
+            ours.pop(name).unflatten(0, (-1, 6, *_shape(ours, f"{block}.norm1.weight", 1))).transpose(0, 1)
         )  # (6, P^2, d)
         ours[f"{block}.adaln_in.{leaf}"], ours[f"{block}.adaln_out.{leaf}"] = (
             part.flatten(0, 2).contiguous() for part in rows.split((2, 4))
@@ -162,7 +162,7 @@ def export_reference_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[
     for name in [n for n in state_dict if ".adaln_in." in n]:
         block, leaf = name.split(".adaln_in.")
         parts = [state_dict.pop(f"{block}.{part}.{leaf}") for part in ("adaln_in", "adaln_out")]
-        width = _shape(state_dict, f"{block}.norm1.weight")[0]
+        width = _shape(state_dict, f"{block}.norm1.weight", 1)[0]
         rows = torch.cat([part.unflatten(0, (count, -1, width)) for part, count in zip(parts, (2, 4), strict=True)])
         state_dict[f"{block}.adaln.{leaf}"] = rows.transpose(0, 1).flatten(0, 2)
     exported = {name: _rename(name, _TO_REFERENCE) for name in state_dict}
@@ -198,12 +198,15 @@ def infer_config(state_dict: Mapping[str, torch.Tensor], preset: Preset | None =
             )
         return config | (preset.config if preset else {}) | overrides
 
-    adapter_dim, cells = _shape(state_dict, "adapter.convs.0.weight")[:2]
+    adapter_dim, cells = _shape(state_dict, "adapter.convs.0.weight", 4)[:2]
+    heads = _count(state_dict, r"adapter\.heads\.(\d+)\.")
+    if not heads:
+        raise ValueError("not a PiD checkpoint: its adapter has no heads")
     config |= {
         "adapter_dim": adapter_dim,
         "num_adapter_layers": _count(state_dict, r"adapter\.convs\.(\d+)\.block"),
-        "injection_interval": -(-config["num_layers"] // _count(state_dict, r"adapter\.heads\.(\d+)\.")),
-        "per_channel_gate": _shape(state_dict, "adapter.sigma_gates.0.proj.weight")[0] > 1,
+        "injection_interval": -(-config["num_layers"] // heads),
+        "per_channel_gate": _shape(state_dict, "adapter.sigma_gates.0.proj.weight", 2)[0] > 1,
         "inject_pixels": "adapter.pixel_head.weight" in state_dict,
         "aux_rgb": "adapter.aux_rgb_head.norm.weight" in state_dict,
     }
@@ -227,11 +230,13 @@ _NOT_IN_SHAPES = (
 
 def _infer_backbone(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Arguments of a network without latents."""
-    dim, patch_numel = _shape(state_dict, "patch_embed.weight")
-    attn_dim, pixel_numel = _shape(state_dict, "pixel_blocks.0.compress.weight")
-    head_dim = _shape(state_dict, "patch_blocks.0.attn.norm_q.weight")[0]
-    pixel_head_dim = _shape(state_dict, "pixel_blocks.0.attn.norm_q.weight")[0]
+    dim, patch_numel = _shape(state_dict, "patch_embed.weight", 2)
+    attn_dim, pixel_numel = _shape(state_dict, "pixel_blocks.0.compress.weight", 2)
+    head_dim = _shape(state_dict, "patch_blocks.0.attn.norm_q.weight", 1)[0]
+    pixel_head_dim = _shape(state_dict, "pixel_blocks.0.attn.norm_q.weight", 1)[0]
     patch_size = math.isqrt(patch_numel // 3)
+    if patch_size < 1:
+        raise ValueError(f"not a PiD checkpoint: tensor patch_embed.weight has shape {(dim, patch_numel)}")
     config: dict[str, Any] = {
         "patch_size": patch_size,
         "num_layers": _count(state_dict, r"patch_blocks\.(\d+)\."),
@@ -245,15 +250,18 @@ def _infer_backbone(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "latent_channels": None,
     }
     if "text_embed.proj.weight" in state_dict:
-        config["text_embed_dim"] = _shape(state_dict, "text_embed.proj.weight")[1]
-        config["max_text_length"] = _shape(state_dict, "text_embed.positions")[1]
+        config["text_embed_dim"] = _shape(state_dict, "text_embed.proj.weight", 2)[1]
+        config["max_text_length"] = _shape(state_dict, "text_embed.positions", 3)[1]
     return config
 
 
-def _shape(state_dict: Mapping[str, torch.Tensor], name: str) -> torch.Size:
+def _shape(state_dict: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Size:
     if name not in state_dict:
         raise ValueError(f"not a PiD checkpoint: it has no tensor {name}")
-    return state_dict[name].shape
+    shape = state_dict[name].shape
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"not a PiD checkpoint: tensor {name} has shape {tuple(shape)}")
+    return shape
 
 
 def _count(state_dict: Mapping[str, torch.Tensor], pattern: str) -> int:
@@ -428,7 +436,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if Path(path).suffix != ".safetensors":
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
+        with in_utf8(path) as named, safe_open(named, framework="pt") as file:
             settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError):
         raise ValueError(f"{path}: its settings (metadata {SETTINGS!r}) are not readable") from None
@@ -475,7 +483,7 @@ def _canonical(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             raise ValueError(f"not a PiD checkpoint: {name} has no {partner} beside it")
         msa, mlp = state.pop(name), state.pop(partner)
         block = name.split(".adaLN")[0]
-        width = _shape(state, f"{block}.norm1.weight")[0]
+        width = _shape(state, f"{block}.norm1.weight", 1)[0]
         halves = [half.unflatten(0, (-1, 3, width)) for half in (msa, mlp)]
         joined = torch.cat(halves, dim=1).flatten(0, 2)
         leaf = name.rsplit(".", 1)[1]

@@ -18,7 +18,9 @@ EXTRAS = {
 }
 """Modules of the optional dependencies in pyproject.toml."""
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED"
+    r"|could not create a primitive$",  # oneDNN's; of what it cannot do it says more
+    re.IGNORECASE,
 )
 
 

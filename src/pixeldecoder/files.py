@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +116,7 @@ def inspect_latents(path: Path) -> tuple[tuple[int, ...], tuple[int, int] | None
         raise ValueError(f"{path}: no such file")
     path.open("rb").close()  # safetensors says of what may not be read that it is not there
     try:
-        with safe_open(path, "numpy") as file:
+        with in_utf8(path) as named, safe_open(named, "numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no dictionary
             size = file.get_tensor("size") if "size" in shapes else None
     except Exception as error:
@@ -146,13 +145,17 @@ def load_latents(path: Path) -> Latents:
         name = _latents_name(path, held)
         tensor = held[name]
         if path.suffix.lower() == ".safetensors":
-            with safe_open(path, "numpy") as file:
+            with in_utf8(path) as named, safe_open(named, "numpy") as file:
                 space = (file.metadata() or {}).get("latent_space")
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f'{path}: expected one tensor, or one called "latents", got {str(tensor)[:200]}')
+    if (
+        tensor.is_nested or tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized
+        or tensor.is_meta
+    ):  # fmt: skip
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{path}: expected plain real numbers, got {tensor.dtype}, {kind}")
     shape = _batch_shape(path, tensor.shape, name)
-    if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError(f"{path}: expected plain real numbers, got {tensor.dtype}, {tensor.layout}")
     tensor = tensor.float().reshape(shape).clone()  # no longer the file, which may change
     if name == COMFYUI and "latent_format_version_0" not in held:
         tensor /= 0.18215  # as all were stored at first, whatever the model
@@ -259,13 +262,28 @@ def read_tensors(path: str | Path) -> Any:
     # Some go under another suffix: the length of a header, and its beginning.
     is_safetensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
     try:
-        if path.suffix.lower() in (".safetensors", ".latent") or is_safetensors:
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with in_utf8(path) as named:
+            if path.suffix.lower() in (".safetensors", ".latent") or is_safetensors:
+                return load_file(named)
+            return torch.load(named, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: it is no file of plain tensors, or it holds pickled code") from None
     except Exception as error:  # a broken pickle raises whatever it likes
         raise ValueError(f"{path}: not a readable file of tensors, or truncated ({_first_line(error)})") from None
+
+
+@contextmanager
+def in_utf8(path: str | Path) -> Iterator[Path]:
+    """A file under a name that safetensors and PyTorch take."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "link").with_suffix(Path(path).suffix)
+            link.symlink_to(os.path.abspath(path))
+            yield link
+    else:
+        yield Path(path)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -276,16 +294,23 @@ def expand_braces(pattern: str) -> list[str]:
     """
     from braceexpand import braceexpand
 
-    ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
-    fits = all(len(end) < 9 for pair in ends for end in pair)  # a range is made before the names are
-    if fits and math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) <= MOST_NAMES:
-        try:
-            names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
-        except ValueError as error:
-            raise ValueError(f"{pattern:.200}: {error!s:.100}") from None
-        if len(names) <= MOST_NAMES:
-            return names
-    raise ValueError(f"{pattern:.200}: stands for more than {MOST_NAMES} files")
+    # No fewer than the names, which are counted before any is made.
+    ends = re.findall(r"\{(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])", pattern)
+    places = [[ord(end) if end.isalpha() else float(end) for end in pair] for pair in ends]
+    count, alternatives = math.prod(abs(last - first) + 1 for first, last in places), [1]
+    for sign in re.findall(r"\\.|[{,}]", pattern):
+        if sign == "{":
+            alternatives.append(1)
+        elif sign == ",":
+            alternatives[-1] += len(alternatives) > 1
+        elif sign == "}" and len(alternatives) > 1:
+            count *= alternatives.pop()
+    if not count <= MOST_NAMES:  # or no number
+        raise ValueError(f"{pattern:.200}: stands for more than {MOST_NAMES} files")
+    try:
+        return list(braceexpand(pattern))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{pattern:.200}: {error!s:.100}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

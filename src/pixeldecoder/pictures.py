@@ -247,7 +247,7 @@ def to_tensor(image: Image.Image) -> "torch.Tensor":
     """A picture, as `read` and `Picture.flattened` make it -> (1, 3, H, W) in [-1, 1]."""
     import torch
 
-    return torch.from_numpy(np.array(read(image).flattened())).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return torch.from_numpy(np.array(read(image).flattened())).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
 
 
 def to_image(image: "torch.Tensor") -> Image.Image:

@@ -39,6 +39,7 @@ logger = logging.get_logger(__name__)
 OVERSHOOT = 1.5
 """What a sharp resize may make of a picture in [-1, 1]."""
 _ONE = (type(None), str, torch.Generator)
+_TEXTS = ("latent_space", "license", "default_negative_prompt", "encoder_name")
 
 
 class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # which knows only "transformer"
@@ -107,6 +108,11 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
             default_negative_prompt=default_negative_prompt,
             encoder_name=encoder_name,
         )
+        for name in ("default_num_inference_steps", "trained_size", *_TEXTS):  # which a stranger's file may say
+            value, kind = self.config[name], "a text" if name in _TEXTS else "a whole number, at least 1"
+            fits = isinstance(value, str) if name in _TEXTS else isinstance(value, int) and value > 0
+            if value is not None and not fits:
+                raise ValueError(f"{name} is {value!r:.100}: expected {kind}")
         self.prompt_encoder = PromptEncoder()
         self._calls: dict[int, Call] = {}  # the last one of each thread
 
@@ -409,22 +415,25 @@ class PixelDecoderPipeline(LoadedPipeline, CallsMixin, SanaLoraLoaderMixin):  # 
         level = float(self._check_sigma(sigma, 1, torch.device("cpu")))
         picture = read(image)
         image = picture.rgb
-        cell, scale = self.transformer.config.latent_downscale_factor, self.transformer.config.scale
         limits = Limits(**{field.name: kwargs[field.name] for field in fields(Limits) if field.name in kwargs})
-        height, width = (-(-side // cell) * cell * scale for side in (image.height, image.width))
-        # What does not fit is refused before the image is encoded.
-        plan(
-            self.transformer, height, width, limits=limits,
-            trained_size=self.config.trained_size, device=self._execution_device,
-        )  # fmt: skip
+        self.check_enlarging(image.size, limits)
         latents = self.prepare(image, level, noise_generator, encoder, limits.max_memory)
         images = self(latents, sigma=level, denormalized=False, **kwargs)[0]
-        height, width = image.height * scale, image.width * scale
+        height, width = (side * self.transformer.config.scale for side in (image.height, image.width))
         if isinstance(images, list):
             images = [picture.with_alpha(enlarged.crop((0, 0, width, height))) for enlarged in images]
         else:
             images = images[:, :height, :width] if isinstance(images, np.ndarray) else images[..., :height, :width]
         return ImagePipelineOutput(images=images) if kwargs.get("return_dict", True) else (images,)
+
+    def check_enlarging(self, size: tuple[int, int], limits: Limits) -> None:
+        """Raises ValueError if a picture of that width and height cannot be enlarged within the limits."""
+        cell, scale = self.transformer.config.latent_downscale_factor, self.transformer.config.scale
+        height, width = (-(-side // cell) * cell * scale for side in reversed(size))
+        plan(
+            self.transformer, height, width, limits=limits,
+            trained_size=self.config.trained_size, device=self._execution_device,
+        )  # fmt: skip
 
     def guides(self, guidance_scale: float | None = None) -> bool:
         """Whether a step at this scale, by default the decoder's own, takes a pass without the prompt."""

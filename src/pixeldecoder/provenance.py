@@ -29,7 +29,7 @@ def weights_hash(decoder: str) -> str | None:
         return file_hash(path)
     whole = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS):
-        whole.update(file.relative_to(path).as_posix().encode())
+        whole.update(os.fsencode(file.relative_to(path).as_posix()))
         whole.update(_hash(file, file.stat().st_mtime_ns, file.stat().st_size).digest())
     return whole.hexdigest()[:LENGTH]
 

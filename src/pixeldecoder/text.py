@@ -180,4 +180,4 @@ def load_prompt_embeds(path: Path) -> torch.Tensor:
         raise ValueError(f'{path}: expected a .safetensors file with "prompt_embeds" ({error})') from None
     if embeds.ndim != 3 or 0 in embeds.shape or not embeds.is_floating_point():
         raise ValueError(f"{path}: expected prompt embeddings (B, T, Dt), got {embeds.dtype} {tuple(embeds.shape)}")
-    return embeds
+    return embeds.clone()  # no longer the file, which may change

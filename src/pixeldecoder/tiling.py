@@ -11,6 +11,9 @@ import torch
 
 from pixeldecoder.models.adapter import LatentFeatures
 
+LONGEST_SIDE = 2**24
+"""Of an image, in pixels; to list the tiles of a longer one would take minutes."""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -32,8 +35,10 @@ def cut(height: int, width: int, tile_size: int, overlap: int, patch: int) -> Ti
     """Tiles of at most `tile_size` a side for an image, all in pixels; borders lie between patches.
 
     Raises:
-        ValueError: a tile of less than two patches, or not larger than its overlap.
+        ValueError: an image that nobody has, a tile of less than two patches, or not larger than its overlap.
     """
+    if max(height, width) > LONGEST_SIDE:
+        raise ValueError(f"{width} x {height} px: expected at most {LONGEST_SIDE} px a side")
     if tile_size < 2 * patch:
         raise ValueError(f"tile size {tile_size}: expected at least {2 * patch} pixels, two patches")
     if overlap < 0 or overlap >= tile_size:

@@ -566,6 +566,17 @@ def test_damaged_pictures_are_made_anew(parts, finished, tmp_path):
     assert table(output) == table(finished)
 
 
+def test_names_that_are_not_utf8(parts, tmp_path):
+    (tmp_path / "photos").mkdir()
+    try:
+        photo(0).save(tmp_path / "photos" / os.fsdecode(b"a\xff.png"))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert evaluate(parts, tmp_path / "out", "--crop", 64, "--baselines", "bicubic", source=tmp_path / "photos") == 0
+    for name in "report.html", "report.md", "results.csv":
+        assert "a\\udcff.png" in (tmp_path / "out" / name).read_text().replace("\\\\", "\\")
+
+
 def test_damaged_lines_are_left_out(parts, finished, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(finished, output)

@@ -31,7 +31,9 @@ from pixeldecoder.training.network import read_architecture
         (Teacher(seed=10**23), "seed 100000000000000000000000: expected at least 0"),
         (Teacher(data=Data(resolution=0)), "data.resolution 0: expected at least 1"),
         (Teacher(data=Data(resolution=-64)), "data.resolution -64: expected at least 1"),
+        (Teacher(data=Data(resolution=10**12)), "data.resolution 1000000000000: expected at least 1 and at most 65536"),
         (Teacher(data=Data(max_aspect_ratio=0.0)), "data.max_aspect_ratio 0.0: expected at least 1"),
+        (Teacher(data=Data(max_aspect_ratio=1e300)), "data.max_aspect_ratio 1e+300: expected at least 1 and at most 1"),
         (Teacher(data=Data(workers=0)), "data.workers 0: expected at least 1"),
         (Teacher(lora=Lora(rank=-1)), "lora.rank -1: expected at least 0"),
         (Teacher(optimizer=Optimizer(learning_rate=-1.0)), "optimizer.learning_rate -1.0: expected at least 0"),
@@ -61,7 +63,7 @@ def test_bounds_of_the_command_and_of_yaml(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("optimizer: {learning_rate: .nan}")
     for arguments, message in [
-        (["train", "teacher", "--data.resolution", "-64"], "data.resolution -64: expected at least 1"),
+        (["train", "prior", "--data.resolution", "-64"], "data.resolution -64: expected at least 1 and at most 65536"),
         (["train", "prior", "--config", "run.yaml"], "optimizer.learning_rate nan: expected at least 0"),
         (["distill", "--ema-decay", "7"], "ema_decay 7.0: expected at least 0 and at most 1"),
     ]:
@@ -140,6 +142,7 @@ def test_a_missing_package_ends_the_command(tmp_path, monkeypatch, capsys):
     [
         ("steps: [" + "1, " * 1000 + "1]", "steps: Input should be a valid integer (got [1, 1, 1"),
         ("- 1", "expected keys and values, got list"),
+        ("[]", "expected keys and values, got list"),
         ("a: [", "not readable as YAML"),
         (b"\xff\xfe\x00", "not readable as YAML"),
         (None, "No such file or directory"),

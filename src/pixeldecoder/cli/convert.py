@@ -12,6 +12,7 @@ from pixeldecoder.cli.options import (
     word,
 )
 from pixeldecoder.errors import blaming, require
+from pixeldecoder.hub import CHECKPOINTS
 from pixeldecoder.presets import check_decoder_name
 
 
@@ -53,7 +54,7 @@ class Convert:
             check_target(self.output, (".pth", ".safetensors"))
             if self.output.exists():
                 raise ValueError(f"{self.output} exists: give a new file")
-        elif self.output.suffix:
+        elif self.output.suffix.lower() in CHECKPOINTS:
             raise ValueError(f"{self.output}: a reference checkpoint becomes a folder: give a name without suffix")
         elif self.output.exists():
             raise ValueError(f"{self.output} exists: give a new folder")

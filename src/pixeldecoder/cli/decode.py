@@ -214,6 +214,8 @@ class Upscale(FilesToImages):
         kwargs = self.call_kwargs() | self.text_kwargs(pipeline)
 
         def make(job: "Job") -> None:
+            with naming(job.source):  # before it is read, which takes memory, too
+                pipeline.check_enlarging(job.head, self.limits())
             picture = _read_picture(job.source)
             with naming(job.source):
                 result = pipeline.upscale(
@@ -276,14 +278,18 @@ class Encode:
 
         from pixeldecoder.execution import load_encoder, torch_device
         from pixeldecoder.latents import SPACES
-        from pixeldecoder.plan import encode_in_tiles
+        from pixeldecoder.plan import encode_in_tiles, plan_encoder
 
         device = torch_device(self.device)
         encoder = load_encoder(self.encoder, device)
+        autoencoder = getattr(encoder, "autoencoder", None)
         space = "flux" if self.encoder == "nano" else self.encoder
         metadata = {"latent_space": space} if space in SPACES else None
 
         def make(job: "Job") -> None:
+            with naming(job.source):  # before it is read, which takes memory, too
+                width, height = (-(-side // 16) * 16 for side in job.head)
+                plan_encoder(autoencoder, height, width, 1, 16, self.max_memory)
             picture = _read_picture(job.source)
             if picture.alpha is not None:
                 tqdm.write(
@@ -294,7 +300,6 @@ class Encode:
             with naming(job.source), torch.no_grad():
                 # 16: the largest latent cell, so that no encoder drops an edge.
                 image = F.pad(image, (0, -image.shape[-1] % 16, 0, -image.shape[-2] % 16), mode="replicate")
-                autoencoder = getattr(encoder, "autoencoder", None)
                 latents = encode_in_tiles(encoder, autoencoder, image.to(device), 16, self.max_memory)
                 latents = latents.cpu().contiguous()
             tensors = {"latents": latents, "size": size}

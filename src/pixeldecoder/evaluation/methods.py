@@ -87,7 +87,7 @@ class Case:
     @property
     def number(self) -> int:
         """What its noise depends on, so that other pictures in the folder do not matter."""
-        return zlib.crc32(self.name.encode())
+        return zlib.crc32(os.fsencode(self.name))
 
     @property
     def file(self) -> str:

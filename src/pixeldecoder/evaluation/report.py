@@ -102,7 +102,7 @@ def _write(path: Path, context: dict[str, Any]) -> None:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {}  # its own sorts: the original, or the first method, comes first
     template = environment.from_string(Path(__file__).with_name("report.html").read_text())
-    write_whole(path, lambda file: file.write_text(template.render(context)))
+    write_whole(path, lambda file: file.write_text(template.render(context), errors="backslashreplace"))
 
 
 def _write_markdown(output: Path, context: dict[str, Any]) -> None:
@@ -123,7 +123,8 @@ def _write_markdown(output: Path, context: dict[str, Any]) -> None:
         title = _plain(case.title)
         lines += [f"**{title}**: {_plain('; '.join(case.pictures))}", "", f"![{title}](pictures/{path.name})", ""]
     lines += [f"- {_plain(note)}" for note in context["notes"]]
-    write_whole(output / "report.md", lambda file: file.write_text("\n".join(lines).rstrip() + "\n"))
+    text = "\n".join(lines).rstrip() + "\n"
+    write_whole(output / "report.md", lambda file: file.write_text(text, errors="backslashreplace"))
 
 
 def _plain(text: str) -> str:

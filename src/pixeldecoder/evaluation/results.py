@@ -115,7 +115,7 @@ def write_results(
     columns = ["image", "file", *_FIELDS, "seed", "crop", "scale", *metrics, "seconds"]
 
     def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", errors="backslashreplace") as file:
             table = csv.DictWriter(file, columns, extrasaction="ignore")
             table.writeheader()
             same = {name: study["identity"][name] for name in ("seed", "crop", "scale")}

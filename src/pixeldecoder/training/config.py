@@ -57,9 +57,9 @@ class Data:
     """A folder of images, or WebDataset shards (`data-{0000..0041}.tar`, also URLs)."""
     captions: Path | None = None
     """CSV or JSONL with `file_name` and `text`; without it, `.txt` files beside the images of a folder."""
-    resolution: Count = 2048
+    resolution: Annotated[int, Range(1, 65536, "[]")] = 2048
     """Pictures are shrunk to about resolution^2 pixels, in buckets by aspect ratio; smaller ones are left out."""
-    max_aspect_ratio: Annotated[float, Range(1)] = 2.0
+    max_aspect_ratio: Annotated[float, Range(1, 100, "[]")] = 2.0
     """Of the buckets; 1: squares only."""
     in_memory: bool = False
     """Keep a small folder on the device and crop squares there, at full resolution, without shrinking."""
@@ -380,15 +380,15 @@ def load_yaml(path: Path) -> dict:
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 what = f"*{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"more than {DEEPEST} levels"
                 raise ValueError(f"{path}: expected settings without aliases, in a few levels, got {what}")
-        found = yaml.load(text, _loader()) or {}
+        found = yaml.load(text, _loader())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a number that is none
         text = " ".join(str(error).split())
         raise ValueError(text if str(path) in text else f"{path}: not readable as YAML: {text[:300]}") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict | None):
         raise ValueError(f"{path}: expected keys and values, got {type(found).__name__}")
-    return found
+    return found or {}
 
 
 @functools.cache
