@@ -41,6 +41,7 @@ LONGEST_NAME = 255
 """Bytes of a file's name on nearly every file system."""
 LONGEST_EXIF = 65_000
 """Bytes of text that JPEG's one segment of EXIF holds beside the rest."""
+DEEPEST_BRACES = 50
 MOST_NAMES = 1_000_000
 """That one pattern may stand for."""
 _ASCII = b"ASCII\0\0\0"
@@ -301,6 +302,8 @@ def expand_braces(pattern: str) -> list[str]:
     for sign in re.findall(r"\\.|[{,}]", pattern):
         if sign == "{":
             alternatives.append(1)
+            if len(alternatives) > DEEPEST_BRACES:
+                raise ValueError(f"{pattern:.200}: more than {DEEPEST_BRACES} braces within one another")
         elif sign == ",":
             alternatives[-1] += len(alternatives) > 1
         elif sign == "}" and len(alternatives) > 1:
@@ -309,7 +312,7 @@ def expand_braces(pattern: str) -> list[str]:
         raise ValueError(f"{pattern:.200}: stands for more than {MOST_NAMES} files")
     try:
         return list(braceexpand(pattern))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{pattern:.200}: {error!s:.100}") from None
 
 
