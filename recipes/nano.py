@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from pixeldecoder.autoencoders import encode, load_autoencoder
 from pixeldecoder.evaluation.perceptual import SqueezeNetDistance
-from pixeldecoder.evaluation.pixels import lab
+from pixeldecoder.evaluation.pixels import lab, phases
 from pixeldecoder.files import write_folder, write_whole
 from pixeldecoder.flow import STUDENT_TIMES, SampleRandom, add_noise, clean, noised, training_times
 from pixeldecoder.models.adapter import LatentFeatures
@@ -191,6 +191,7 @@ def configure(config: Config) -> Nano:
 
 
 def architecture(latent_space: str) -> dict[str, Any]:
+    """Of the decoder of that space's latents."""
     return NANO | SPACES[latent_space][1] | ({} if latent_space == "flux" else SMALLER)
 
 
@@ -612,16 +613,6 @@ def colour_error(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (((one - other) / scale).square().sum(dim=1) + 1e-2).sqrt().mean()
 
 
-def phases(image: torch.Tensor) -> torch.Tensor:
-    """Differences of neighbouring columns, and of rows, by their place modulo 16 to the mean of all, (2, 16): what an
-    upsampling repeats stands out."""
-    found = []
-    for gradient in image.diff(dim=-1).abs().mean(dim=(0, 1, 2)), image.diff(dim=-2).abs().mean(dim=(0, 1, 3)):
-        places = torch.stack([gradient[place::16].mean() for place in range(16)])
-        found.append(places / places.mean())
-    return torch.stack(found)
-
-
 class Discriminator(nn.Module):
     """A head for each of SqueezeNet's four layers."""
 
@@ -658,7 +649,7 @@ class JudgedStage(DecoderStage):
         terms = {
             "pixel": 2 * weights.pixel * error.abs().mean(),
             "colour": 0.04 * weights.pixel * colour_error(image, repeated(batch.image, image)),
-            "grid": 2 * weights.pixel * (phases(image) - phases(batch.image)).abs().mean(),
+            "grid": 2 * weights.pixel * (phases(image, 16) - phases(batch.image, 16)).abs().mean(),
             "perceptual": 2 * weights.perceptual * distance,
         }
         if len(image) > len(batch.image):

@@ -145,7 +145,7 @@ def test_nano(run, nano, taef1, tmp_path):
     run("cascade", 2)
     assert {"pixel", "colour", "perceptual"} <= log(tmp_path / "out" / "cascade_training")
     run("photo", 2)
-    judged = {"pixel", "colour", "perceptual", "gan", "discriminator", "r1"}
+    judged = {"pixel", "colour", "grid", "perceptual", "gan", "discriminator", "r1"}
     assert judged <= log(tmp_path / "out" / "photo_training")
     run("teacher", 2)
     assert "x0" in log(tmp_path / "out" / "teacher_training")
@@ -360,6 +360,27 @@ def test_the_base_has_taesds_shape(nano, taef1):
     with torch.no_grad():
         image = model.small(model.features(latents, torch.zeros(2))[-1])
     torch.testing.assert_close(image, taef1.decoder(latents).detach())
+
+
+def test_colour_error(nano):
+    """Of greys the distance of their lightness, of strong colours less; with a gradient where it is nothing."""
+    grey = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    nano.colour_error(grey, grey.detach()).backward()
+    assert grey.grad.isfinite().all()
+    lighter = torch.full_like(grey, 0.2)
+    lightness = (nano.lab(lighter) - nano.lab(grey))[:, 0].mean()
+    torch.testing.assert_close(nano.colour_error(lighter, grey), lightness, atol=0.01, rtol=0)
+    red, redder = (torch.tensor([r, -0.6, -0.6])[None, :, None, None].expand(1, 3, 32, 32) for r in (0.5, 0.6))
+    whole = (nano.lab(redder) - nano.lab(red)).norm(dim=1).mean()
+    assert 0.5 < nano.colour_error(redder, red) < 0.7 * whole
+
+
+def test_image_layers_are_not_muons(nano):
+    model = torch.nn.ModuleDict({"network": nano.LatentDecoder(4, 1, 1, 8)})
+    muons = nano.Muon(model, Optimizer(), 0.02).param_groups[1]["params"]
+    base = model["network"]
+    for layer, moved in ((base.to_small, False), (base.to_image, False), (base.refine, True), (base.conv_in, True)):
+        assert any(layer.weight is p for p in muons) == moved
 
 
 def test_muon_is_pytorchs(nano):

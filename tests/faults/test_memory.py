@@ -111,28 +111,37 @@ def alone_only(module, args):
 
 @pytest.mark.slow
 def test_an_address_space_that_is_too_small():
-    """PyTorch's and oneDNN's own errors, of a process that may have ever less beside what it holds when its decoder is
-    loaded: before an image fails for good, one is made by a smaller plan. How much that is depends on the processor."""
+    """PyTorch's and oneDNN's own errors, of a process that may have little more than it holds when its decoder is
+    loaded: somewhere between what suffices and what does not, an image is made by a smaller plan."""
     script = """
-import resource, sys, psutil, torch
+import logging, resource, psutil, torch
 from pixeldecoder import PixelDecoderPipeline
+from pixeldecoder.errors import out_of_memory
+from pixeldecoder.plan import logger
+
+told = logging.Handler()
+told.emit = lambda record: said.append(record.getMessage())
+logger.addHandler(told)
 pipe = PixelDecoderPipeline.from_pretrained("nano", dtype=torch.float32)
 pipe(torch.zeros(1, 16, 2, 2), num_inference_steps=1)
 held, most = psutil.Process().memory_info().vms, resource.getrlimit(resource.RLIMIT_AS)[1]
-for more in (1000 * 0.93**n for n in range(30)):
-    print("allowed", more, file=sys.stderr)
+low, high = 200.0, 1500.0
+while high - low > 2:
+    more, said = (low + high) / 2, []
     resource.setrlimit(resource.RLIMIT_AS, (held + int(more * 2**20), most))
-    image = pipe(torch.zeros(1, 16, 24, 24), num_inference_steps=1).images[0]
-    print(image.size, flush=True)
+    try:
+        image = pipe(torch.zeros(1, 16, 24, 24), num_inference_steps=1).images[0]
+    except RuntimeError as error:
+        assert out_of_memory(error), error
+        low = more
+        continue
+    if said:
+        print(image.size, *said)
+        break
+    high = more
+else:
+    print("none between", low, high)
 """
-    child = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
-    said = ""
-    with child:
-        for line in child.stdout:
-            said += line
-            if "(768, 768)" in line and "out of memory: trying once more" in said:
-                child.kill()
-                return
-    raise AssertionError(said)
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.startswith("(768, 768) out of memory: trying once more with"), child.stdout

@@ -34,6 +34,8 @@ class TinyLatentEncoder(FolderMixin, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         numbers = (latent_channels, channels, *num_blocks)
+        if type(packed) is not bool:
+            raise ValueError(f"packed {packed!r:.100}: expected true or false")
         if not all(type(number) is int and 0 <= number <= 4096 for number in numbers) or sum(num_blocks) > 64:
             raise ValueError(
                 f"latent_channels, channels, num_blocks {numbers!r:.100}: expected 0 to 4096, 64 blocks in all"

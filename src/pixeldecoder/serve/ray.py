@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from pixeldecoder import heap
 from pixeldecoder.execution import Execution
 from pixeldecoder.serve.engine import Engine
 from pixeldecoder.serve.http import create_app
@@ -30,6 +31,7 @@ class Replica:
     max_pixels: int | None = 8192 * 8192
 
     def app(self) -> FastAPI:
+        heap.one_heap()
         pipelines = {name: self.execution.load(name) for name in self.decoders}
         return create_app(
             Engine(pipelines, self.execution.limits, self.queue_size, self.max_batch, self.max_pixels), self.settings
